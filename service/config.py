@@ -1,0 +1,183 @@
+"""Every option of `fusewire serve`, from one frozen declaration.
+
+A field is an option of the command line (`--max-running`), of the environment
+(`FUSEWIRE_MAX_RUNNING`) and of a TOML file (`max_running`), in that order of precedence. Invariants
+are checked when a `ServeConfig` is made. Knows no argparse, no gRPC and no torch.
+"""
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fusewire.kernels.modes import KernelMode
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class ConfigError(ValueError):
+    """An option has a value that cannot be used; the message names the option."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process is told at its start."""
+
+    model_path: str
+    device: Literal["auto", "cuda", "cpu"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]
+    kernel_mode: KernelMode
+    kernel_modes: tuple[KernelMode, ...]
+    attention_backend: str
+    block_size: int
+    max_context: int | None
+    max_running: int
+    max_step_tokens: int
+    kv_tokens: int | None
+    gpu_memory_utilization: float
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of `fusewire serve`. The `description` of a field is its help text."""
+
+    model: Annotated[
+        str, Meta(description="Hugging Face folder or hub id; empty serves the embedded demo model")
+    ] = ""
+    served_model_name: Annotated[
+        str, Meta(description="name that requests use; empty takes the folder's or the id's")
+    ] = ""
+    host: Annotated[str, Meta(description="address of the public gRPC port")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="public gRPC port; 0 picks a free one")] = 50051
+    admin_host: Annotated[str, Meta(description="address of the admin gRPC port")] = "127.0.0.1"
+    admin_port: Annotated[Port, Meta(description="admin gRPC port; 0 picks a free one")] = 50052
+    metrics_host: Annotated[str, Meta(description="address of the metrics port")] = "127.0.0.1"
+    metrics_port: Annotated[Port, Meta(description="port of /metrics; 0 picks a free one")] = 9464
+    kernel_mode: Annotated[KernelMode, Meta(description="path of requests that pin none")] = KernelMode.FUSED
+    kernel_modes: Annotated[
+        tuple[KernelMode, ...], Meta(description="paths that are warmed up and can be switched to")
+    ] = tuple(KernelMode)
+    device: Annotated[Literal["auto", "cuda", "cpu"], Meta(description="where to compute")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Meta(description="type of weights and activations; auto is float32 on cpu, the checkpoint's on cuda"),
+    ] = "auto"
+    attention_backend: Annotated[
+        str, Meta(description="attention implementation; auto picks the best available")
+    ] = "auto"
+    max_context: Annotated[
+        Count | None, Meta(description="context length in tokens; unset takes the model's")
+    ] = None
+    max_running: Annotated[Count, Meta(description="most requests that run at once")] = 64
+    max_waiting: Annotated[Count, Meta(description="most requests that may wait; more are refused")] = 1024
+    max_step_tokens: Annotated[
+        Count, Meta(description="most tokens of one step; longer prompts are prefilled in chunks")
+    ] = 2048
+    default_max_tokens: Annotated[
+        Count, Meta(description="tokens to generate when a request does not say")
+    ] = 512
+    block_size: Annotated[Count, Meta(description="tokens of one KV cache block")] = 16
+    kv_tokens: Annotated[
+        Count | None,
+        Meta(
+            description="tokens the KV cache holds; unset sizes it by memory on cuda, by max-running on cpu"
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="share of the GPU's memory to use")
+    ] = 0.9
+    drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
+    max_request_bytes: Annotated[Count, Meta(description="largest request message")] = 4 << 20
+    tls_cert: Annotated[str, Meta(description="PEM certificate chain; with --tls-key it turns TLS on")] = ""
+    tls_key: Annotated[str, Meta(description="PEM private key")] = ""
+    tls_client_ca: Annotated[
+        str, Meta(description="PEM bundle; clients must present a certificate it signed")
+    ] = ""
+    auth_token_file: Annotated[
+        str, Meta(description="file of bearer tokens, one a line, each may use the public port")
+    ] = ""
+    admin_token_file: Annotated[
+        str, Meta(description="file of bearer tokens, one a line, each may use the admin port")
+    ] = ""
+    insecure: Annotated[bool, Meta(description="allow plaintext gRPC on an address that is not loopback")] = (
+        False
+    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least severe lines to log")
+    ] = "info"
+
+    def __post_init__(self) -> None:
+        """Check what one field alone cannot: pairs, paths and exposure."""
+        if not self.kernel_modes:
+            raise ConfigError("kernel_modes: at least one mode is needed")
+        if self.kernel_mode not in self.kernel_modes:
+            raise ConfigError(
+                f"kernel_mode: {self.kernel_mode} is not among kernel_modes {', '.join(self.kernel_modes)}"
+            )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("tls_cert, tls_key: give both or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_client_ca: needs tls_cert and tls_key")
+        if self.max_step_tokens < self.max_running:
+            raise ConfigError(
+                f"max_step_tokens: {self.max_step_tokens} is less than max_running {self.max_running}, "
+                "so a full batch could not decode in one step"
+            )
+        if not self.tls_cert and not self.insecure:
+            for name, host in (("host", self.host), ("admin_host", self.admin_host)):
+                if not is_loopback(host):
+                    raise ConfigError(
+                        f"{name}: {host} is not loopback; turn TLS on, or say --insecure to serve plaintext"
+                    )
+
+    def engine(self, model_path: str) -> EngineConfig:
+        """Pick what the engine needs to know, for the model in the folder `model_path`."""
+        shared = {
+            name: getattr(self, name) for name in EngineConfig.__struct_fields__ if name != "model_path"
+        }
+        return EngineConfig(model_path=model_path, **shared)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine alone."""
+    if host == "localhost" or host.startswith("unix:"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def load_config(
+    options: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
+) -> ServeConfig:
+    """Merge options, environment and file (in that order of precedence) into a `ServeConfig`.
+
+    `options` holds only what the command line gave; strings are converted to the field's type.
+
+    Raises:
+        ConfigError: for an unknown key of the file or a value out of range; it names the option.
+    """
+    fields = ServeConfig.__struct_fields__
+    merged: dict[str, Any] = {}
+    if file is not None:
+        try:
+            merged |= tomllib.loads(file.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"config: {file}: {error}") from error
+        if unknown := sorted(set(merged) - set(fields)):
+            raise ConfigError(f"config: {file}: unknown option {', '.join(unknown)}")
+    for name in fields:
+        if (value := environment.get(f"FUSEWIRE_{name.upper()}")) is not None:
+            merged[name] = value
+    merged |= options
+    if isinstance(modes := merged.get("kernel_modes"), str):
+        merged["kernel_modes"] = [mode.strip() for mode in modes.split(",")]
+    try:
+        return msgspec.convert(merged, ServeConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error

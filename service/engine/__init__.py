@@ -1,0 +1,1 @@
+"""The engine process: owns the device, schedules requests, runs the model."""

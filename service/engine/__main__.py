@@ -1,0 +1,116 @@
+"""`python -m fusewire.service.engine --socket PATH`: the engine process.
+
+Reads its `EngineConfig` as one line of JSON from standard input, loads the model, warms up every
+kernel mode, and only then listens. It stops when standard input closes. A model or an option that
+cannot work ends it with `EXIT_UNUSABLE` and one line that says why.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+
+import msgspec
+
+from fusewire.model.runner import ModelRunner, RunnerOptions
+from fusewire.service.config import EngineConfig
+from fusewire.service.engine.block_pool import BlockPool
+from fusewire.service.engine.channel import Channel, Inbox
+from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.scheduler import Scheduler
+from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo
+from fusewire.service.supervisor import EXIT_UNUSABLE
+
+log = logging.getLogger("fusewire.engine")
+
+
+def main() -> int:
+    """Run the engine until standard input closes; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="fusewire-engine", description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen on")
+    socket_path = parser.parse_args().socket
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    try:
+        engine, inbox = build(config)
+    except (ValueError, OSError, MemoryError) as error:
+        log.error("cannot start: %s", error)
+        return EXIT_UNUSABLE
+    channel = Channel(socket_path, inbox)
+    threading.Thread(target=stop_at_end_of_input, args=(engine,), daemon=True).start()
+    channel.start()
+    engine.serve()
+    channel.stop()
+    return 0
+
+
+def build(config: EngineConfig) -> tuple[Engine, Inbox]:
+    """Load and warm up the model and put the engine around it."""
+    names = RunnerOptions.__dataclass_fields__
+    options = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if name in names}
+    runner = ModelRunner(RunnerOptions(path=Path(config.model_path), **options), progress=log_progress())
+    runner.warm_up(config.kernel_modes)
+    pool = BlockPool(runner.num_blocks, runner.block_size)
+    scheduler = Scheduler(pool, config.max_running, config.max_step_tokens, config.kernel_mode)
+    inbox: Inbox = SimpleQueue()
+    ready = describe(runner, config)
+    log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
+    return Engine(runner, scheduler, ready, inbox), inbox
+
+
+def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
+    """Say what a front end must know of the model and the engine."""
+    model = runner.config
+    return EngineReady(
+        model=ModelInfo(
+            architecture=model.architecture,
+            context_length=runner.context_length,
+            vocab_size=model.vocab_size,
+            parameters=runner.parameters,
+            layers=model.num_layers,
+            query_heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=runner.dtype_name,
+            eos_ids=list(model.eos_ids),
+            defaults=GenerationDefaults(**model.sampling_defaults),
+        ),
+        device=runner.device_name,
+        attention_backend=runner.attention_backend,
+        kernel_backends={mode: runner.kernel_backend(mode) for mode in config.kernel_modes},
+        kernel_mode=config.kernel_mode,
+        generation=1,
+        kv_blocks=runner.num_blocks,
+        block_size=runner.block_size,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+    )
+
+
+def log_progress() -> Callable[[int, int], None]:
+    """Make a callback that logs how much of the weights is loaded, at each tenth."""
+    tenths_logged = 0
+
+    def log_tenths(done: int, total: int) -> None:
+        nonlocal tenths_logged
+        tenths = 10 * done // max(total, 1)
+        if tenths > tenths_logged:
+            tenths_logged = tenths
+            log.info("loaded %d of %d MB", done >> 20, total >> 20)
+
+    return log_tenths
+
+
+def stop_at_end_of_input(engine: Engine) -> None:
+    """Wait until the front end closes the pipe or dies, then stop the engine."""
+    sys.stdin.buffer.read()
+    engine.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The engine's end of the socket: accepts front ends, reads and writes frames.
+
+One thread reads and one writes per connection, so that the step loop neither waits for a slow
+reader nor polls. Knows the framing and nothing of what the messages mean.
+"""
+
+import logging
+import socket
+import threading
+from contextlib import suppress
+from enum import Enum, auto
+from pathlib import Path
+from queue import SimpleQueue
+
+import msgspec
+
+from fusewire.service.messages import (
+    HEADER_BYTES,
+    FromEngine,
+    ToEngine,
+    decode_to_engine,
+    encode,
+    frame_length,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Change(Enum):
+    """What can happen to a connection, told through the inbox like any message."""
+
+    OPENED = auto()
+    CLOSED = auto()
+
+
+class Connection:
+    """One connected front end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._outgoing: SimpleQueue[FromEngine | None] = SimpleQueue()
+
+    def send(self, message: FromEngine) -> None:
+        """Queue a message; never blocks. Lost if the front end is gone."""
+        self._outgoing.put(message)
+
+    def close(self) -> None:
+        """Stop both threads of the connection."""
+        self._outgoing.put(None)
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _read_all(self, inbox: "Inbox") -> None:
+        try:
+            with self._sock.makefile("rb") as stream:
+                while len(header := stream.read(HEADER_BYTES)) == HEADER_BYTES:
+                    inbox.put((self, decode_to_engine(stream.read(frame_length(header)))))
+        except (OSError, ValueError, msgspec.DecodeError) as error:
+            log.warning("a front end's connection broke: %s", error)
+        finally:
+            inbox.put((self, Change.CLOSED))
+            self.close()
+
+    def _write_all(self) -> None:
+        with self._sock, suppress(OSError):
+            while (message := self._outgoing.get()) is not None:
+                self._sock.sendall(encode(message))
+
+
+Inbox = SimpleQueue[tuple[Connection, ToEngine | Change] | None]
+"""What has arrived, each with the connection it came from; None only wakes the loop up."""
+
+
+class Channel:
+    """Listens on a unix socket and feeds one inbox.
+
+    Args:
+        path: where to listen; a socket left there by an earlier engine is replaced.
+        inbox: gets every message of every connection, and when each opened and closed.
+    """
+
+    def __init__(self, path: Path, inbox: Inbox) -> None:
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._inbox = inbox
+
+    def start(self) -> None:
+        """Accept connections from now on."""
+        self._listener.listen()
+        threading.Thread(target=self._accept_all, name="engine-accept", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop accepting; open connections stay until they are closed."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept(), as close() would not
+        self._listener.close()
+
+    def _accept_all(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return  # stop() closed the listener
+            connection = Connection(sock)
+            self._inbox.put((connection, Change.OPENED))
+            for target, args in ((connection._read_all, (self._inbox,)), (connection._write_all, ())):
+                threading.Thread(target=target, args=args, name="engine-io", daemon=True).start()

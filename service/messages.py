@@ -1,0 +1,247 @@
+"""What front end and engine say to each other: the only module that both sides import.
+
+Each frame on the socket is a 4-byte little-endian length and one msgpack-encoded message. Times are
+`time.monotonic()` seconds, which on Linux is one clock for all processes of a host. Knows neither
+gRPC nor torch.
+
+A request's life on the wire: `AddRequest`, then from the engine `Scheduled` (once), `Token` (any
+number) and exactly one `Ended`, whatever happened, unless the engine dies: then the socket closes.
+"""
+
+import struct
+from typing import Literal
+
+import msgspec
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.model.sampling_params import SamplingParams
+
+Phase = Literal["prefill", "decode", "mixed"]
+EndReason = Literal["stop", "eos", "length", "context", "cancelled", "time_limit", "error"]
+Refusal = Literal["", "stale_generation", "not_available"]
+KernelPath = Literal["", "unfused", "fused_norm", "fused", "mixed"]
+
+MAX_FRAME_BYTES = 64 << 20
+_LENGTH = struct.Struct("<I")
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of everything that travels: a tagged array, so that frames stay small."""
+
+
+# ---- front end to engine ----
+
+
+class AddRequest(_Message, frozen=True):
+    """Starts a generation. The front end has validated it against `EngineReady`."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    """Tokens to generate at most; the prompt plus this fits the context."""
+    arrival: float
+    end_reason_at_max: Literal["length", "context"] = "length"
+    """What to call reaching max_tokens: the request's own limit, or the end of the context."""
+    eos_ids: list[int] = []
+    """Tokens that end the answer as "eos"; empty under ignore_eos."""
+    stop_ids: list[int] = []
+    """Tokens that end the answer as "stop"."""
+    min_tokens: int = 0
+    """`eos_ids` and `stop_ids` are not chosen before this many tokens."""
+    kernel_mode: KernelMode | None = None
+    """Pins the request; None follows the default, also when that changes."""
+    priority: int = 0
+    deadline: float | None = None
+    """The time at which the request ends as "time_limit", wherever it is."""
+    cache_salt: str = ""
+
+
+class FinishRequest(_Message, frozen=True):
+    """Ends a generation from outside; unknown or ended ids are ignored. Answered by `Ended`."""
+
+    request_id: str
+    reason: EndReason
+    """"cancelled", "time_limit", or "stop" for a stop string that the front end has seen."""
+
+
+class SetKernelMode(_Message, frozen=True):
+    """Changes the default path between two steps; answered by `KernelModeReply`."""
+
+    call_id: int
+    mode: KernelMode
+    expected_generation: int | None = None
+
+
+class EndAll(_Message, frozen=True):
+    """Ends every request of the engine with this reason (the end of a drain)."""
+
+    reason: EndReason
+
+
+ToEngine = AddRequest | FinishRequest | SetKernelMode | EndAll
+
+
+# ---- engine to front end ----
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True, array_like=True):
+    """The sampling knobs of the model's generation_config; None where it says nothing."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What the front end must know of the model to validate and describe."""
+
+    architecture: str
+    context_length: int
+    vocab_size: int
+    parameters: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    eos_ids: list[int]
+    defaults: GenerationDefaults
+
+
+class EngineReady(_Message, frozen=True):
+    """First on every connection, once weights are loaded and every mode is warmed up."""
+
+    model: ModelInfo
+    device: str
+    attention_backend: str
+    kernel_backends: dict[KernelMode, str]
+    """The modes that this engine runs and the implementation behind each."""
+    kernel_mode: KernelMode
+    generation: int
+    kv_blocks: int
+    block_size: int
+    max_running: int
+    max_step_tokens: int
+
+
+class Scheduled(_Message, frozen=True):
+    """The request left the queue for the first time."""
+
+    request_id: str
+    time: float
+    cached_tokens: int = 0
+
+
+class Token(_Message, frozen=True):
+    """One generated token, the one that ends the answer included."""
+
+    request_id: str
+    token_id: int
+    time: float
+    logprob: float | None = None
+    top: list[tuple[int, float]] = []
+
+
+class Ended(_Message, frozen=True):
+    """The last word on a request. Its blocks are free."""
+
+    request_id: str
+    reason: EndReason
+    prefill_path: KernelPath = ""
+    decode_path: KernelPath = ""
+    stop_id: int | None = None
+    """The eos or stop token that ended it."""
+    preempted_seconds: float = 0.0
+    """Time spent back in the queue after preemptions."""
+
+
+RequestEvent = Scheduled | Token | Ended
+
+
+class StepReport(_Message, frozen=True):
+    """What one step did, and the events it caused for this connection. `events` may be empty."""
+
+    step: int
+    phase: Phase | None
+    """None when the report carries only events (nothing was computed)."""
+    kernel_mode: KernelMode
+    duration: float
+    """Seconds from plan to sampled tokens, on the engine's clock."""
+    prefill_tokens: int
+    decode_tokens: int
+    running: int
+    waiting: int
+    kv_usage: float
+    preemptions: int
+    """Preemptions since the last report."""
+    events: list[RequestEvent]
+
+
+class KernelModeReply(_Message, frozen=True):
+    """Answers `SetKernelMode`."""
+
+    call_id: int
+    refusal: Refusal
+    """Why nothing changed; empty when it did."""
+    previous: KernelMode
+    current: KernelMode
+    generation: int
+    applied_at_step: int
+
+
+class KernelModeChanged(_Message, frozen=True):
+    """Told to every connection when the default has changed, whoever asked."""
+
+    current: KernelMode
+    generation: int
+    time: float
+
+
+FromEngine = EngineReady | StepReport | KernelModeReply | KernelModeChanged
+
+
+# ---- framing ----
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """Encode a message as one frame, length included.
+
+    Raises:
+        ValueError: if the frame is larger than `MAX_FRAME_BYTES`.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame holds at most {MAX_FRAME_BYTES} bytes, got {len(body)}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes | memoryview) -> ToEngine:
+    """Decode a frame's body as the engine receives it; raises `msgspec.DecodeError`."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes | memoryview) -> FromEngine:
+    """Decode a frame's body as the front end receives it; raises `msgspec.DecodeError`."""
+    return _from_engine.decode(body)
+
+
+HEADER_BYTES = _LENGTH.size
+
+
+def frame_length(header: bytes) -> int:
+    """Read the length of the body from a frame's header.
+
+    Raises:
+        ValueError: if it exceeds `MAX_FRAME_BYTES`, which means that the stream is out of step.
+    """
+    length = int(_LENGTH.unpack(header)[0])
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame holds at most {MAX_FRAME_BYTES} bytes, got {length}")
+    return length

@@ -1,0 +1,201 @@
+"""The client and the step loop over a real unix socket, with a runner that needs no model."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.model.batch import Row, Sampled
+from fusewire.model.sampling_params import SamplingParams
+from fusewire.service.engine.block_pool import BlockPool
+from fusewire.service.engine.channel import Channel, Inbox
+from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.scheduler import Scheduler
+from fusewire.service.engine_client import EngineClient, EngineUnavailable, RequestEvents
+from fusewire.service.messages import (
+    AddRequest,
+    Ended,
+    EngineReady,
+    GenerationDefaults,
+    ModelInfo,
+    RequestEvent,
+    Scheduled,
+    StepReport,
+    Token,
+)
+
+MODEL = ModelInfo("Fake", 64, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaults())
+
+
+class CountingRunner:
+    """Answers with 1, 2, 3, …; `gate` can hold a step back."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, rows: list[Row], mode: KernelMode) -> list[Sampled | None]:
+        assert self.gate.wait(10)
+        return [Sampled(len(row.sample.output_ids) + 1) if row.sample else None for row in rows]
+
+
+class LocalEngine:
+    """An engine in a thread of the test's process."""
+
+    def __init__(self, path: Path) -> None:
+        self.runner = CountingRunner()
+        self.pool = BlockPool(64, 4)
+        self.inbox: Inbox = SimpleQueue()
+        modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
+        ready = EngineReady(MODEL, "fake", "fake", modes, KernelMode.FUSED, 1, 64, 4, 8, 16)
+        self.engine = Engine(self.runner, Scheduler(self.pool, 8, 16, KernelMode.FUSED), ready, self.inbox)
+        self.channel = Channel(path, self.inbox)
+        self.thread = threading.Thread(target=self.engine.serve)
+
+    def start(self) -> None:
+        self.channel.start()
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.runner.gate.set()
+        self.channel.stop()
+        self.engine.stop()
+        self.thread.join()
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LocalEngine]:
+    engine = LocalEngine(tmp_path / "engine.sock")
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def request(request_id: str, max_tokens: int = 5, **spec: Any) -> AddRequest:
+    return AddRequest(request_id, [7, 8, 9], SamplingParams(), max_tokens, time.monotonic(), **spec)
+
+
+async def drain(events: RequestEvents) -> list[RequestEvent]:
+    collected: list[RequestEvent] = []
+    while not collected or not isinstance(collected[-1], Ended):
+        collected += await asyncio.wait_for(events.take(), 10)
+    return collected
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def with_client(path: Path, body: Any, **callbacks: Any) -> None:
+    async def run() -> None:
+        client = EngineClient(path / "engine.sock", **callbacks)
+        await client.start()
+        try:
+            await until(lambda: client.ready)
+            await body(client)
+        finally:
+            await client.stop()
+
+    scenario: Coroutine[Any, Any, None] = run()
+    asyncio.run(scenario)
+
+
+def test_a_request_is_scheduled_answered_and_ended(engine: LocalEngine, tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+
+    async def body(client: EngineClient) -> None:
+        events = await drain(client.submit(request("a")))
+        assert isinstance(events[0], Scheduled)
+        assert [event.token_id for event in events[1:-1] if isinstance(event, Token)] == [1, 2, 3, 4, 5]
+        assert events[-1] == Ended("a", "length", prefill_path="fused", decode_path="fused")
+
+    with_client(tmp_path, body, on_report=reports.append)
+    steps = [report for report in reports if report.phase]
+    assert [report.phase for report in steps] == ["prefill", *["decode"] * 4]
+    assert [report.step for report in steps] == [1, 2, 3, 4, 5]
+    assert (steps[0].prefill_tokens, steps[1].decode_tokens) == (3, 1)
+    assert (steps[-1].running, steps[-1].kv_usage) == (0, 0.0)
+
+
+def test_finishing_from_outside_frees_the_blocks(engine: LocalEngine, tmp_path: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        events = client.submit(request("a", max_tokens=200))
+        client.finish("a", "cancelled")
+        client.finish("nobody", "cancelled")
+        ended = (await drain(events))[-1]
+        assert isinstance(ended, Ended)
+        assert ended.reason == "cancelled"
+        assert engine.pool.num_free == 64
+        client.finish("a", "cancelled")
+
+    with_client(tmp_path, body)
+
+
+def test_a_switch_is_answered_with_its_generation_and_refused_when_it_must_be(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
+    async def body(client: EngineClient) -> None:
+        reply = await client.set_kernel_mode(KernelMode.UNFUSED)
+        assert (reply.refusal, reply.previous, reply.current) == ("", KernelMode.FUSED, KernelMode.UNFUSED)
+        assert (reply.generation, reply.applied_at_step) == (2, 1)
+        assert (client.kernel_mode, client.generation) == (KernelMode.UNFUSED, 2)
+        stale = await client.set_kernel_mode(KernelMode.FUSED, expected_generation=1)
+        assert (stale.refusal, stale.current, stale.generation) == ("stale_generation", KernelMode.UNFUSED, 2)
+        missing = await client.set_kernel_mode(KernelMode.FUSED_NORM)
+        assert (missing.refusal, missing.generation) == ("not_available", 2)
+        both = await asyncio.gather(
+            *(client.set_kernel_mode(mode) for mode in (KernelMode.FUSED, KernelMode.UNFUSED))
+        )
+        assert [reply.generation for reply in both] == [3, 4]
+        assert client.kernel_mode is KernelMode.UNFUSED
+
+    with_client(tmp_path, body)
+
+
+def test_a_vanished_front_end_takes_its_requests_along(engine: LocalEngine, tmp_path: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        engine.runner.gate.clear()
+        client.submit(request("a", max_tokens=200))
+        await until(lambda: engine.pool.num_free < 64)
+
+    with_client(tmp_path, body)
+    engine.runner.gate.set()
+
+    async def free_again() -> None:
+        await until(lambda: engine.pool.num_free == 64)
+
+    asyncio.run(free_again())
+
+
+def test_a_dead_engine_fails_what_was_open_and_the_next_one_is_found(tmp_path: Path) -> None:
+    states: list[bool] = []
+    engines = [LocalEngine(tmp_path / "engine.sock")]
+    engines[0].start()
+
+    async def body(client: EngineClient) -> None:
+        engines[0].runner.gate.clear()
+        events = client.submit(request("a"))
+        await asyncio.to_thread(engines[0].stop)
+        with pytest.raises(EngineUnavailable, match="stopped"):
+            await drain(events)
+        await until(lambda: client.ready is None)
+        with pytest.raises(EngineUnavailable, match="not ready"):
+            client.submit(request("b"))
+        engines.append(LocalEngine(tmp_path / "engine.sock"))
+        engines[1].start()
+        await until(lambda: client.ready is not None)
+        assert isinstance((await drain(client.submit(request("a"))))[-1], Ended)
+
+    try:
+        with_client(tmp_path, body, on_state=lambda ready: states.append(ready is not None))
+    finally:
+        engines[-1].stop()
+    assert states[:3] == [True, False, True]
