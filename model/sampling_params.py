@@ -39,6 +39,4 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     @property
     def penalised(self) -> bool:
         """Whether the logits depend on the tokens seen so far."""
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

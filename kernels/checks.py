@@ -1,0 +1,72 @@
+"""What a Triton launcher verifies before it hands raw pointers to a kernel.
+
+Every message names the argument, what it must be and what it is.
+"""
+
+import torch
+from torch import Tensor
+
+from fusewire.kernels.shape import QKNormShape
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_qkv(qkv: Tensor, shape: QKNormShape) -> None:
+    """Check that qkv is `[T, qkv_width]` of a float type, its rows contiguous and not overlapping.
+
+    Raises:
+        TypeError: for another dtype than fp16, bf16 and fp32.
+        ValueError: for another shape or stride.
+    """
+    if qkv.dtype not in _DTYPES:
+        raise TypeError(f"qkv: dtype must be one of {_DTYPES}, got {qkv.dtype}")
+    if qkv.dim() != 2 or qkv.shape[1] != shape.qkv_width:
+        raise ValueError(f"qkv: shape must be (T, {shape.qkv_width}), got {tuple(qkv.shape)}")
+    if qkv.stride(1) != 1:
+        raise ValueError(f"qkv: stride of the last dimension must be 1, got {qkv.stride(1)}")
+    if len(qkv) > 1 and qkv.stride(0) < shape.qkv_width:
+        raise ValueError(f"qkv: row stride must be at least {shape.qkv_width}, got {qkv.stride(0)}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Check that an argument is a contiguous tensor of this shape and dtype on qkv's device.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape or device, or strides that are not contiguous.
+    """
+    _check_kind(name, tensor, dtype, device)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: shape must be {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: must be contiguous, got strides {tensor.stride()}")
+
+
+def check_cache(
+    name: str, cache: Tensor, shape: QKNormShape, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Check that a cache is `[num_blocks, block_size, nk, d]` with evenly spaced slots.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape, stride or device.
+    """
+    _check_kind(name, cache, dtype, device)
+    if cache.dim() != 4 or cache.shape[2:] != (shape.num_kv_heads, shape.head_dim):
+        expected = f"(num_blocks, block_size, {shape.num_kv_heads}, {shape.head_dim})"
+        raise ValueError(f"{name}: shape must be {expected}, got {tuple(cache.shape)}")
+    if cache.stride(3) != 1:
+        raise ValueError(f"{name}: stride of the last dimension must be 1, got {cache.stride(3)}")
+    block_stride = cache.shape[1] * cache.stride(1)
+    if len(cache) > 1 and cache.stride(0) != block_stride:
+        raise ValueError(f"{name}: block stride must be {block_stride}, got {cache.stride(0)}")
+
+
+def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Check dtype and device."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: dtype must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: device must be {device}, got {tensor.device}")

@@ -1,0 +1,1 @@
+"""Model families: each file spells one architecture out of the shared layers."""

@@ -1,0 +1,231 @@
+"""The runner: options, sizes and errors, and greedy generation against transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.model import runner as runner_module
+from fusewire.model.batch import Row, Sampled, SampleSpec
+from fusewire.model.config import ModelError
+from fusewire.model.kv_cache import blocks_in_gpu_memory
+from fusewire.model.runner import ModelRunner, RunnerOptions
+from fusewire.model.sampling_params import SamplingParams
+from tests.tools.model_driver import SHAPES, Checkpoint
+from tests.tools.random_checkpoint import Shape, write_checkpoint
+
+BLOCK_SIZE = 8
+
+
+def make_runner(folder: Path, **options: object) -> ModelRunner:
+    options = {"device": "cpu", "block_size": BLOCK_SIZE, "max_running": 4} | options
+    return ModelRunner(RunnerOptions(path=folder, **options))  # type: ignore[arg-type]
+
+
+def generate(
+    runner: ModelRunner, prompts: list[list[int]], count: int, mode: KernelMode, params: SamplingParams
+) -> list[list[int]]:
+    """Generate `count` tokens for all prompts at once: their prefill together, then decode together."""
+    per_sequence = runner.num_blocks // len(prompts)
+    tables = [range(n * per_sequence, (n + 1) * per_sequence) for n in range(len(prompts))]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    pieces = list(prompts)
+    starts = [0] * len(prompts)
+    for _ in range(count):
+        rows = [
+            Row(piece, start, table, SampleSpec(params, prompt, output))
+            for piece, start, table, prompt, output in zip(
+                pieces, starts, tables, prompts, outputs, strict=True
+            )
+        ]
+        starts = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+        for output, sampled in zip(outputs, runner.run(rows, mode), strict=True):
+            assert sampled is not None
+            output.append(sampled.token_id)
+        pieces = [output[-1:] for output in outputs]
+    return outputs
+
+
+@pytest.mark.parametrize("mode", KernelMode)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_equal_those_of_transformers(
+    checkpoints: Callable[[str], Checkpoint], shape: str, mode: KernelMode
+) -> None:
+    checkpoint = checkpoints(shape)
+    prompts = [[1, 2, 3], list(range(20, 37)), [50]]
+    runner = make_runner(checkpoint.folder)
+    runner.warm_up([mode])
+    expected = [
+        checkpoint.reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            min_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    assert generate(runner, prompts, 24, mode, SamplingParams()) == expected
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(checkpoint: Checkpoint) -> None:
+    runner = make_runner(checkpoint.folder)
+    prompts = [[1, 2, 3], [9] * 20, [50], [4, 4]]
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=3, repetition_penalty=1.1)
+    together = generate(runner, prompts, 16, KernelMode.FUSED, params)
+    alone = [generate(runner, [prompt], 16, KernelMode.FUSED, params)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_rows_that_sample_nothing_answer_none(checkpoint: Checkpoint) -> None:
+    runner = make_runner(checkpoint.folder)
+    wanted = SampleSpec(SamplingParams(logprobs=2), [1], [])
+    rows = [Row([1, 2], 0, [0], None), Row([1], 0, [1], wanted), Row([5, 6, 7], 0, [2], None)]
+    first, second, third = runner.run(rows, KernelMode.UNFUSED)
+    assert (first, third) == (None, None)
+    assert isinstance(second, Sampled)
+    expected = checkpoint.logits([1])[-1].log_softmax(-1)
+    assert second.token_id == expected.argmax().item()
+    assert second.logprob == pytest.approx(expected.max().item(), abs=1e-5)
+    assert len(second.top) == 2
+    assert runner.run(rows[:1], KernelMode.UNFUSED) == [None]
+
+
+def test_the_runner_describes_itself(checkpoint: Checkpoint) -> None:
+    seen: list[tuple[int, int]] = []
+    options = RunnerOptions(path=checkpoint.folder, device="cpu", max_context=100, kv_tokens=1000)
+    runner = ModelRunner(options, lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert (runner.context_length, runner.num_blocks, runner.block_size) == (100, 62, 16)
+    assert (runner.device_name, runner.dtype_name, runner.attention_backend) == ("cpu", "float32", "sdpa")
+    assert runner.parameters == sum(parameter.numel() for parameter in checkpoint.reference.parameters())
+    assert {runner.kernel_backend(mode) for mode in KernelMode} == {"torch-cpu"}
+
+
+def test_the_default_cache_grows_with_the_running_requests(checkpoint: Checkpoint) -> None:
+    sizes = [make_runner(checkpoint.folder, max_running=count).num_blocks for count in (1, 4, 64)]
+    assert sizes == [16, 64, 1024]  # blocks of 8 for 128 tokens a request
+
+
+def test_the_default_cache_stays_within_the_memory(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_bytes = 2 * 3 * 2 * 16 * 4
+    monkeypatch.setattr("fusewire.model.kv_cache.cpu_memory_bytes", lambda: 4 * 256 * token_bytes)
+    assert make_runner(checkpoint.folder, max_running=64).num_blocks == 256 // BLOCK_SIZE
+    monkeypatch.setattr("fusewire.model.kv_cache.cpu_memory_bytes", lambda: 0)
+    assert make_runner(checkpoint.folder, max_running=64).num_blocks == 128 // BLOCK_SIZE
+    monkeypatch.setattr(runner_module, "cpu_memory_bytes", lambda: 127 * token_bytes)
+    with pytest.raises(ModelError, match=r"max_context: .* exceeds the memory"):
+        make_runner(checkpoint.folder)
+
+
+def test_the_shortest_context_works(checkpoint: Checkpoint) -> None:
+    runner = make_runner(checkpoint.folder, max_context=1)
+    runner.warm_up(list(KernelMode))
+    sampled = runner.run([Row([7], 0, [3], SampleSpec(SamplingParams(), [7], []))], KernelMode.FUSED)[0]
+    assert sampled == Sampled(checkpoint.logits([7])[-1].argmax().item())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_on_a_cpu(checkpoint: Checkpoint, dtype: str) -> None:
+    runner = make_runner(checkpoint.folder, dtype=dtype)
+    runner.warm_up(list(KernelMode))
+    assert runner.dtype_name == dtype
+    sample = SampleSpec(SamplingParams(), [], [])
+    logits = runner.logits([Row(range(10, 40), 0, range(4), sample)], KernelMode.FUSED)
+    error = (logits[0] - checkpoint.logits(range(10, 40))[-1]).abs().max().item()
+    print(f"max |Δlogit| {dtype}: {error:.1e}")
+    assert error < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_context": 129}, "max_context: 129 exceeds .* 128"),
+        ({"kv_tokens": 127}, "kv_tokens, max_context: .* 120 tokens cannot hold one sequence of 128"),
+        ({"attention_backend": "other"}, "attention_backend: 'other'"),
+        ({"block_size": 0}, "block_size: .*0"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization: .*1.5"),
+    ],
+)
+def test_an_option_that_cannot_work_is_named(
+    checkpoint: Checkpoint, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        make_runner(checkpoint.folder, **options)
+
+
+def test_running_out_of_device_memory_names_the_options(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 16 GiB")
+
+    monkeypatch.setattr(runner_module, "load_weights", fail)
+    with pytest.raises(ModelError, match=r"dtype, gpu_memory_utilization: the weights do not fit: .*16 GiB"):
+        make_runner(checkpoint.folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(runner_module, "KVCache", fail)
+    with pytest.raises(ModelError, match=r"kv_tokens, gpu_memory_utilization: the KV cache does not fit"):
+        make_runner(checkpoint.folder)
+
+
+def test_the_gpu_cache_takes_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700, 1000))
+    device = torch.device("cuda", 0)
+    assert blocks_in_gpu_memory(device, 0.9, working_bytes=100, block_bytes=10) == 49  # and the sink
+    assert blocks_in_gpu_memory(device, 0.3, working_bytes=100, block_bytes=10) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_absent_cuda_is_an_error(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ModelError, match="device: cuda"):
+        make_runner(checkpoint.folder, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", KernelMode)
+def test_cuda_agrees_with_the_reference(checkpoint: Checkpoint, mode: KernelMode) -> None:
+    runner = make_runner(checkpoint.folder, device="cuda", dtype="float32", max_running=8)
+    runner.warm_up([mode])
+    prompts = [[1, 2, 3], list(range(20, 37)), [50]]
+    tokens = generate(runner, prompts, 24, mode, SamplingParams())
+    assert tokens == generate(make_runner(checkpoint.folder), prompts, 24, mode, SamplingParams())
+    sample = SampleSpec(SamplingParams(), [], [])
+    expected = checkpoint.logits(range(10, 40))[-1]
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.2)):
+        runner = make_runner(checkpoint.folder, device="cuda", dtype=dtype, max_running=8)
+        for pieces in ([30], [*[1] * 30], [3, 11, 1, 15]):
+            start = 0
+            for count in pieces:
+                piece = range(10 + start, 10 + start + count)
+                logits = runner.logits([Row(piece, start, range(4), sample)], mode)
+                start += count
+            assert (logits[0].float().cpu() - expected).abs().max() <= tolerance
+
+
+def test_random_checkpoints_load_and_keep_their_scale(tmp_path: Path) -> None:
+    shape = Shape(64, 12, 4, 2, 32, 192, vocabulary=300, positions=256, tied=False, eos_ids=(0,))
+    for name, shard_bytes in (("one", 1 << 30), ("many", 200_000)):
+        write_checkpoint(shape, tmp_path / name, shard_bytes=shard_bytes)
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
+    rows = [Row(range(200), 0, range(25), SampleSpec(SamplingParams(), [], []))]
+    one, many = (make_runner(tmp_path / name).logits(rows, KernelMode.FUSED) for name in ("one", "many"))
+    assert torch.equal(one, many)
+    assert 0.5 < one.std() < 2
+
+
+def test_random_checkpoints_bring_a_tokenizer_along(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    shape = Shape(16, 1, 1, 1, 16, 16, vocabulary=20, positions=32, eos_ids=(0,))
+    write_checkpoint(shape, tmp_path / "out", tokenizer=source, dtype="float16")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert make_runner(tmp_path / "out").config.dtype == "float16"
