@@ -6,10 +6,11 @@ are checked when a `ServeConfig` is made. Knows no argparse, no gRPC and no torc
 """
 
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -152,32 +153,103 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class Option(NamedTuple):
+    """How one field of `ServeConfig` is spelled and explained to an operator."""
+
+    name: str
+    flag: str
+    variable: str
+    description: str
+    default: str
+    choices: tuple[str, ...]
+    """The values it can take, or the items of its list; empty if they are not few."""
+    is_switch: bool
+
+
+def serve_options() -> list[Option]:
+    """Describe every field of `ServeConfig`, in the order of its declaration."""
+    hints = get_type_hints(ServeConfig, include_extras=True)
+    return [_describe(field, hints[field.name]) for field in msgspec.structs.fields(ServeConfig)]
+
+
 def load_config(
     options: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
 ) -> ServeConfig:
     """Merge options, environment and file (in that order of precedence) into a `ServeConfig`.
 
-    `options` holds only what the command line gave; strings are converted to the field's type.
+    `options` holds only what the command line gave; strings are converted to the field's type. An
+    empty variable of the environment counts as unset.
 
     Raises:
-        ConfigError: for an unknown key of the file or a value out of range; it names the option.
+        ConfigError: for an unknown key of the file or a value that cannot be used; it names the
+            option the way it was given: as a flag, a variable or a key of the file.
     """
-    fields = ServeConfig.__struct_fields__
-    merged: dict[str, Any] = {}
-    if file is not None:
-        try:
-            merged |= tomllib.loads(file.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"config: {file}: {error}") from error
-        if unknown := sorted(set(merged) - set(fields)):
-            raise ConfigError(f"config: {file}: unknown option {', '.join(unknown)}")
-    for name in fields:
-        if (value := environment.get(f"FUSEWIRE_{name.upper()}")) is not None:
-            merged[name] = value
-    merged |= options
-    if isinstance(modes := merged.get("kernel_modes"), str):
-        merged["kernel_modes"] = [mode.strip() for mode in modes.split(",")]
+    values: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for name, value in _read(file).items() if file is not None else ():
+        values[name], given_as[name] = value, f"{file}: {name}"
+    for option in serve_options():
+        if value := environment.get(option.variable):
+            values[option.name], given_as[option.name] = value, option.variable
+        if option.name in options:
+            values[option.name], given_as[option.name] = options[option.name], option.flag
+    converted = values
+    if isinstance(modes := values.get("kernel_modes"), str):
+        converted = values | {"kernel_modes": [mode.strip() for mode in modes.split(",")]}
     try:
-        return msgspec.convert(merged, ServeConfig, strict=False)
+        return msgspec.convert(converted, ServeConfig, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_explain(str(error), values, given_as)) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+    if unknown := sorted(set(content) - set(ServeConfig.__struct_fields__)):
+        raise ConfigError(f"--config {file}: unknown option {', '.join(unknown)}")
+    return content
+
+
+def _explain(message: str, values: Mapping[str, Any], given_as: Mapping[str, str]) -> str:
+    """Say a conversion error of msgspec, "Expected `int` - at `$.port`", in the operator's words."""
+    located = re.fullmatch(r"(?P<what>.*) - at `\$\.(?P<name>\w+).*`", message)
+    if located is None:  # raised by ServeConfig itself, and names its option
+        return message
+    name, what = located["name"], located["what"]
+    choices = next(option.choices for option in serve_options() if option.name == name)
+    if choices:
+        expected = f"expected {'some' if name == 'kernel_modes' else 'one'} of {', '.join(choices)}"
+    else:
+        expected = what.split(", got ")[0].replace("`", "").replace(" | null", "").replace("Exp", "exp")
+    return f"{given_as[name]}: {expected}, got {values[name]!r}"
+
+
+def _describe(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
+    kind, *metas = get_args(hint)
+    return Option(
+        name=field.name,
+        flag=f"--{field.name.replace('_', '-')}",
+        variable=f"FUSEWIRE_{field.name.upper()}",
+        description=next(meta.description for meta in metas if meta.description),
+        default=_spell(field.default),
+        choices=_choices(kind),
+        is_switch=kind is bool,
+    )
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if kind is KernelMode or KernelMode in get_args(kind):
+        return tuple(mode.value for mode in KernelMode)
+    return ()
+
+
+def _spell(default: Any) -> str:
+    if default is None or default == "":
+        return "unset"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return ",".join(default) if isinstance(default, tuple) else str(default)

@@ -27,6 +27,8 @@ from fusewire.service.supervisor import EXIT_UNUSABLE
 
 log = logging.getLogger("fusewire.engine")
 
+WORTH_LOGGING_BYTES = 256 << 20
+
 
 def main() -> int:
     """Run the engine until standard input closes; returns the exit code."""
@@ -93,13 +95,13 @@ def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
 
 
 def log_progress() -> Callable[[int, int], None]:
-    """Make a callback that logs how much of the weights is loaded, at each tenth."""
+    """Make a callback that logs how much of the weights is loaded, at each tenth of a large model."""
     tenths_logged = 0
 
     def log_tenths(done: int, total: int) -> None:
         nonlocal tenths_logged
         tenths = 10 * done // max(total, 1)
-        if tenths > tenths_logged:
+        if tenths > tenths_logged and total >= WORTH_LOGGING_BYTES:
             tenths_logged = tenths
             log.info("loaded %d of %d MB", done >> 20, total >> 20)
 

@@ -1,0 +1,238 @@
+"""Text to token ids and back, and chat turns to text, from the files of a Hugging Face folder.
+
+Serves byte-level BPE (Qwen3, GLM-4, the demo model), where every token stands for exact bytes.
+Loads neither torch nor transformers. Knows nothing of streams: that is `fusewire.service.detokenizer`.
+
+Special tokens that are spelled out in a prompt are parsed as such, in plain text and in chat turns
+alike, as transformers and its peers do by default: whoever may send a prompt controls the whole of
+it, system turn included. An application that puts strangers' text into its prompts must filter it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+NAMED_SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class TokenizerError(ValueError):
+    """A folder holds no tokenizer that can be served; the message is for the operator."""
+
+
+class ChatTemplateError(ValueError):
+    """A conversation cannot be rendered; the message may be shown to a client."""
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with its chat template. Immutable, safe to use from several threads.
+
+    Args:
+        backend: the tokenizer proper; its model must be BPE and its decoder byte-level.
+        chat_template: the template's source; None if the model is not made for chat.
+        named_tokens: the special tokens that a template may use by name, for instance `eos_token`.
+
+    Raises:
+        TokenizerError: if the backend is of another kind, or the template is not valid Jinja.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, chat_template: str | None, named_tokens: Mapping[str, str]
+    ) -> None:
+        _require_byte_level(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens([t for t in named_tokens.values() if backend.token_to_id(t) is not None])
+        self._backend = backend
+        self._template = _compile(chat_template) if chat_template is not None else None
+        self._named_tokens = dict(named_tokens)
+        self._token_bytes = _bytes_by_id(backend)
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Load `tokenizer.json`, `tokenizer_config.json` and, where there is one, `chat_template.jinja`.
+
+        Raises:
+            TokenizerError: if a file is missing or cannot be used; it names the folder.
+        """
+        try:
+            config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+            backend = _parse((folder / "tokenizer.json").read_text("utf-8"))
+            return cls(backend, _chat_template(folder, config), _named_tokens(config))
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"tokenizer in {folder}: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id. The model's embedding may have more rows than that."""
+        return len(self._token_bytes)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` works."""
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenize plain text, with the special tokens that the tokenizer itself puts around a prompt."""
+        return self._backend.encode(text).ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokenize a conversation up to where the answer starts; the template brings all special tokens.
+
+        Raises:
+            ChatTemplateError: see `render_chat`.
+        """
+        return self._backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Render turns of `role` and `content` with the chat template, the answer's opening included.
+
+        Raises:
+            ChatTemplateError: if there is no template, or it refuses these turns.
+        """
+        if self._template is None:
+            raise ChatTemplateError("the model has no chat template; send plain text instead")
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._named_tokens,
+            )
+        except _RefusedByTemplate as error:
+            raise ChatTemplateError(f"the model's chat template says: {error}") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise ChatTemplateError("the model's chat template cannot render these messages") from error
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Turn tokens into text; bytes that are no UTF-8 become U+FFFD.
+
+        Special tokens give no text unless `keep_special`; ids outside the tokenizer never do.
+        """
+        dropped = frozenset() if keep_special else self.special_ids
+        joined = b"".join(self.token_bytes(token_id) for token_id in ids if token_id not in dropped)
+        return joined.decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, special or not; none for an id outside the tokenizer."""
+        return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
+
+
+class _RefusedByTemplate(jinja2.TemplateError):
+    """A template has called `raise_exception`."""
+
+
+def _parse(source: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(source)
+    except Exception as error:  # the bindings have no narrower class
+        raise TokenizerError(f"tokenizer.json: {error}") from error
+
+
+def _require_byte_level(backend: tokenizers.Tokenizer) -> None:
+    model, decoder = backend.model, backend.decoder
+    if not isinstance(model, tokenizers.models.BPE) or not isinstance(decoder, tokenizers.decoders.ByteLevel):
+        raise TokenizerError(
+            "only byte-level BPE can be served (model BPE, decoder ByteLevel), "
+            f"got model {type(model).__name__}, decoder {type(decoder).__name__}"
+        )
+
+
+def _bytes_by_id(backend: tokenizers.Tokenizer) -> list[bytes]:
+    """List every token's bytes by id; ids that no token has get none."""
+    alphabet = _byte_alphabet()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, token_id in vocabulary.items():
+        try:
+            table[token_id] = bytes(map(alphabet.__getitem__, token))
+        except KeyError:  # not spelled in the alphabet: stands for itself
+            table[token_id] = token.encode()
+    for token_id, added in backend.get_added_tokens_decoder().items():
+        table[token_id] = added.content.encode()
+    return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Map each character of the byte-level alphabet to its byte.
+
+    Printable Latin-1 characters stand for themselves, the other 68 bytes for U+0100 onwards in order
+    (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, the released code).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(0x100)) - set(printable))
+    characters = [*printable, *range(0x100, 0x100 + len(others))]
+    return {chr(character): byte for character, byte in zip(characters, printable + others, strict=True)}
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Find the template: a file of its own wins; of several named ones the one called default is taken."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    named = {name: config.get(name) for name in NAMED_SPECIAL_TOKENS}
+    return {
+        name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token
+    }
+
+
+def _compile(source: str) -> jinja2.Template:
+    """Compile a chat template in a sandbox that can neither change what it is given nor reach out.
+
+    The filter and functions beyond Jinja's own are those that transformers gives to a template.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TokenizerError(f"chat template, line {error.lineno}: {error.message}") from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Dump as JSON without the HTML escapes of Jinja's own filter, which a model would read as text."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise _RefusedByTemplate(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
