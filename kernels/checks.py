@@ -19,7 +19,7 @@ def check_qkv(qkv: Tensor, shape: QKNormShape) -> None:
         ValueError: for another shape or stride.
     """
     if qkv.dtype not in _DTYPES:
-        raise TypeError(f"qkv: dtype must be one of {_DTYPES}, got {qkv.dtype}")
+        raise TypeError(f"qkv: dtype must be one of float16, bfloat16 and float32, got {qkv.dtype}")
     if qkv.dim() != 2 or qkv.shape[1] != shape.qkv_width:
         raise ValueError(f"qkv: shape must be (T, {shape.qkv_width}), got {tuple(qkv.shape)}")
     if qkv.stride(1) != 1:

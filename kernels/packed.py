@@ -14,13 +14,14 @@ from fusewire.kernels.shape import QKNormShape
 def split_heads(qkv: Tensor, shape: QKNormShape) -> tuple[Tensor, Tensor, Tensor]:
     """View packed qkv `[T, qkv_width]` as q `[T, nq, d]`, k `[T, nk, d]` and v `[T, nk, d]`."""
     q, k, v = qkv.split((shape.q_width, shape.kv_width, shape.kv_width), dim=-1)
-    d = shape.head_dim
-    return q.unflatten(-1, (-1, d)), k.unflatten(-1, (-1, d)), v.unflatten(-1, (-1, d))
+    kv_heads = (len(qkv), shape.num_kv_heads, shape.head_dim)
+    return q.view(len(qkv), shape.num_q_heads, shape.head_dim), k.view(kv_heads), v.view(kv_heads)
 
 
 def normed_heads(qkv: Tensor, shape: QKNormShape) -> Tensor:
     """View the heads of packed qkv that are normalised, q then k, as `[T, nq + nk, d]`."""
-    return qkv[:, : shape.q_width + shape.kv_width].unflatten(-1, (-1, shape.head_dim))
+    heads = qkv[:, : shape.q_width + shape.kv_width]
+    return heads.view(len(qkv), shape.num_normed_heads, shape.head_dim)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -5,6 +5,10 @@
 once to qkv's dtype. Knows nothing of RoPE, of the cache or of phases.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
 import torch
 import triton
 import triton.language as tl
@@ -29,33 +33,29 @@ def qk_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, shape: QKNormShape)
         shape: heads and widths; the rotation is not looked at.
 
     Raises:
-        TypeError: for a dtype that is not supported or not the same everywhere.
-        ValueError: for a shape, stride or device that does not fit.
+        TypeError: before a launch, for a dtype that is not supported or not the same everywhere.
+        ValueError: before a launch, for a shape, stride or device that does not fit.
     """
-    check_qkv(qkv, shape)
-    check_tensor("q_weight", q_weight, (shape.head_dim,), qkv.dtype, qkv.device)
-    check_tensor("k_weight", k_weight, (shape.head_dim,), qkv.dtype, qkv.device)
     if not runs_triton(qkv.device):
         qk_norm_reference(qkv, q_weight, k_weight, shape)
         return
+    check_qkv(qkv, shape)
+    check_tensor("q_weight", q_weight, (shape.head_dim,), qkv.dtype, qkv.device)
+    check_tensor("k_weight", k_weight, (shape.head_dim,), qkv.dtype, qkv.device)
     num_rows = len(qkv) * shape.num_normed_heads
     if num_rows == 0:
         return
-    block_d = triton.next_power_of_2(shape.head_dim)
-    rows = NUM_WARPS * rows_per_warp(block_d * qkv.itemsize)
+    constants = tile_constants(shape, qkv.itemsize)
+    grid = (triton.cdiv(num_rows, constants["ROWS"]),)
     with on_device(qkv.device):
-        qk_norm_kernel[(triton.cdiv(num_rows, rows),)](
+        qk_norm_kernel[grid](
             qkv,
             q_weight,
             k_weight,
             num_rows,
             qkv.stride(0),
             shape.eps,
-            NUM_Q_HEADS=shape.num_q_heads,
-            NUM_NORMED_HEADS=shape.num_normed_heads,
-            HEAD_DIM=shape.head_dim,
-            ROWS=rows,
-            BLOCK_D=block_d,
+            **constants,
             num_warps=NUM_WARPS,
         )
 
@@ -69,12 +69,27 @@ def qk_norm_reference(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, shape: QK
 
 
 def norm_heads_(heads: Tensor, q_weight: Tensor, k_weight: Tensor, shape: QKNormShape) -> None:
-    """Normalise fp32 heads `[T, nq + nk, d]` in place, q and k together where that saves a pass."""
+    """Normalise fp32 heads `[T, nq + nk, d]` in place, q and k together."""
     norm = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
     eps = norm.new_full((), shape.eps)
-    heads.mul_(torch.addcmul(eps, norm, norm, value=1 / shape.head_dim).rsqrt_())
-    heads[:, : shape.num_q_heads].mul_(q_weight)
-    heads[:, shape.num_q_heads :].mul_(k_weight)
+    rrms = torch.addcmul(eps, norm, norm, value=1 / shape.head_dim).rsqrt_()  # [T, nq + nk, 1]
+    weights = torch.cat((q_weight.expand(shape.num_q_heads, -1), k_weight.expand(shape.num_kv_heads, -1)))
+    heads.mul_(rrms).mul_(weights)
+
+
+@lru_cache(maxsize=256)
+def tile_constants(shape: QKNormShape, itemsize: int) -> Mapping[str, int]:
+    """Derive the kernel's compile-time arguments: the heads, and a program's rows and block width."""
+    block_d = triton.next_power_of_2(shape.head_dim)
+    return MappingProxyType(
+        {
+            "NUM_Q_HEADS": shape.num_q_heads,
+            "NUM_NORMED_HEADS": shape.num_normed_heads,
+            "HEAD_DIM": shape.head_dim,
+            "ROWS": NUM_WARPS * rows_per_warp(block_d * itemsize),
+            "BLOCK_D": block_d,
+        }
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -95,15 +110,17 @@ def qk_norm_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (row // NUM_NORMED_HEADS).to(tl.int64)
     head = row % NUM_NORMED_HEADS
-    column = tl.arange(0, BLOCK_D)
-    inside = column < HEAD_DIM
-    mask = (row < num_rows)[:, None] & inside[None, :]
-    pointers = qkv + (token * qkv_stride + head * HEAD_DIM)[:, None] + column[None, :]
-
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < num_rows)[:, None] & (column < HEAD_DIM)
+    pointers = qkv + (token * qkv_stride + head * HEAD_DIM)[:, None] + column
     x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    q_scale = tl.load(q_weight + column, mask=inside, other=0.0).to(tl.float32)
-    k_scale = tl.load(k_weight + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.where((head < NUM_Q_HEADS)[:, None], q_scale[None, :], k_scale[None, :])
+
+    # Each row loads its weight for itself: a tile of x's layout needs no exchange between lanes.
+    is_q = (head < NUM_Q_HEADS)[:, None]
+    weight_column = tl.zeros_like(row)[:, None] + column
+    q_scale = tl.load(q_weight + weight_column, mask=mask & is_q, other=0.0)
+    k_scale = tl.load(k_weight + weight_column, mask=mask & ~is_q, other=0.0)
+    scale = tl.where(is_q, q_scale, k_scale).to(tl.float32)
 
     rrms = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
     y = x * rrms[:, None] * scale

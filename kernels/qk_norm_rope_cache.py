@@ -1,4 +1,4 @@
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 """QK norm, RoPE and the paged KV write in one launch; its torch twin beside it.
 
 Each head of packed qkv is read once and written once: q to a tensor of its own, k and v to their
@@ -6,8 +6,10 @@ slots. In between all is fp32, rounded once at the end. Knows nothing of layers 
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 import triton
@@ -59,14 +61,14 @@ def qk_norm_rope_cache(
         q `[T, num_q_heads, head_dim]`.
 
     Raises:
-        TypeError: for a dtype that is not supported or does not fit the others.
-        ValueError: for a shape, stride or device that does not fit.
+        TypeError: before a launch, for a dtype that is not supported or does not fit the others.
+        ValueError: before a launch, for a shape, stride or device that does not fit.
     """
-    _check(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
     if not runs_triton(qkv.device):
         return qk_norm_rope_cache_reference(
             qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape
         )
+    _check(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
     plan = plan_for(len(qkv), shape, qkv.itemsize)
     return launch(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, plan)
 
@@ -108,9 +110,10 @@ def launch(
     q_out = torch.empty(num_tokens, shape.num_q_heads, shape.head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q_out
-    tile = _tile(shape, plan, qkv.itemsize)
+    constants = tile_constants(shape, plan, qkv.itemsize)
+    grid = (triton.cdiv(num_tokens, constants["TOKENS"]) * constants["GROUPS"],)
     with on_device(qkv.device):
-        qk_norm_rope_cache_kernel[(triton.cdiv(num_tokens, tile.tokens) * tile.groups,)](
+        qk_norm_rope_cache_kernel[grid](
             qkv,
             q_weight,
             k_weight,
@@ -127,16 +130,7 @@ def launch(
             v_cache.stride(1),
             v_cache.stride(2),
             shape.eps,
-            NUM_Q_HEADS=shape.num_q_heads,
-            NUM_KV_HEADS=shape.num_kv_heads,
-            HEAD_DIM=shape.head_dim,
-            ROTARY_DIM=shape.rotary_dim,
-            INTERLEAVED=shape.interleaved,
-            TOKENS=tile.tokens,
-            HEADS=tile.heads,
-            BLOCK_HALF=tile.block_half,
-            BLOCK_PASS=tile.block_pass,
-            BLOCK_D=tile.block_d,
+            **constants,
             num_warps=plan.num_warps,
         )
     return q_out
@@ -156,27 +150,31 @@ def _blocks(shape: QKNormShape) -> tuple[int, int]:
     return triton.next_power_of_2(half), triton.next_power_of_2(max(1, passed))
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """What one program handles: `tokens` by `heads`, all of q, of k or of v."""
-
-    tokens: int
-    heads: int
-    groups: int
-    """Programs of one token block."""
-    block_half: int
-    block_pass: int
-    block_d: int
-
-
 @lru_cache(maxsize=256)
-def _tile(shape: QKNormShape, plan: Plan, itemsize: int) -> _Tile:
-    """Cut a plan's rows into tokens and heads, few enough heads that k and v fill a tile."""
+def tile_constants(shape: QKNormShape, plan: Plan, itemsize: int) -> Mapping[str, int]:
+    """Derive the kernel's compile-time arguments: a program's tokens and heads, and block widths.
+
+    A program handles heads of one kind, few enough that those of k and v fill it; GROUPS programs
+    share a block of TOKENS tokens.
+    """
     block_half, block_pass = _blocks(shape)
     rows = plan.num_warps * rows_per_warp(block_half * itemsize)
     heads = min(rows, triton.next_power_of_2(min(shape.num_q_heads, shape.num_kv_heads)))
-    groups = triton.cdiv(shape.num_q_heads, heads) + 2 * triton.cdiv(shape.num_kv_heads, heads)
-    return _Tile(rows // heads, heads, groups, block_half, block_pass, triton.next_power_of_2(shape.head_dim))
+    return MappingProxyType(
+        {
+            "NUM_Q_HEADS": shape.num_q_heads,
+            "NUM_KV_HEADS": shape.num_kv_heads,
+            "HEAD_DIM": shape.head_dim,
+            "ROTARY_DIM": shape.rotary_dim,
+            "INTERLEAVED": shape.interleaved,
+            "TOKENS": rows // heads,
+            "HEADS": heads,
+            "GROUPS": triton.cdiv(shape.num_q_heads, heads) + 2 * triton.cdiv(shape.num_kv_heads, heads),
+            "BLOCK_HALF": block_half,
+            "BLOCK_PASS": block_pass,
+            "BLOCK_D": triton.next_power_of_2(shape.head_dim),
+        }
+    )
 
 
 def _check(
@@ -227,14 +225,14 @@ def qk_norm_rope_cache_kernel(
     INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Handle TOKENS x HEADS heads of one kind per program; the kinds follow each other in the grid."""
-    Q_GROUPS: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS  # noqa: N806
-    KV_GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS  # noqa: N806
-    GROUPS: tl.constexpr = Q_GROUPS + 2 * KV_GROUPS  # noqa: N806
+    Q_GROUPS: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS
+    KV_GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     group = tl.program_id(0) % GROUPS
     row = tl.arange(0, TOKENS * HEADS)
     token = ((tl.program_id(0) // GROUPS) * TOKENS + row // HEADS).to(tl.int64)
@@ -242,7 +240,7 @@ def qk_norm_rope_cache_kernel(
     source = qkv + token * qkv_stride
 
     if group < Q_GROUPS:
-        head = group * HEADS + row % HEADS
+        head = (group * HEADS + row % HEADS).to(tl.int64)
         keep = live & (head < NUM_Q_HEADS)
         table_row = rope_table + tl.load(positions + token, mask=keep, other=0) * ROTARY_DIM
         target = q_out + (token * NUM_Q_HEADS + head) * HEAD_DIM
@@ -251,7 +249,7 @@ def qk_norm_rope_cache_kernel(
             HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF, BLOCK_PASS,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
-        head = (group - Q_GROUPS) * HEADS + row % HEADS
+        head = ((group - Q_GROUPS) * HEADS + row % HEADS).to(tl.int64)
         slot = tl.load(slots + token, mask=live, other=-1)
         keep = (slot >= 0) & (head < NUM_KV_HEADS)
         table_row = rope_table + tl.load(positions + token, mask=keep, other=0) * ROTARY_DIM
@@ -261,7 +259,7 @@ def qk_norm_rope_cache_kernel(
             HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF, BLOCK_PASS,
         )  # fmt: skip
     else:
-        head = (group - Q_GROUPS - KV_GROUPS) * HEADS + row % HEADS
+        head = ((group - Q_GROUPS - KV_GROUPS) * HEADS + row % HEADS).to(tl.int64)
         slot = tl.load(slots + token, mask=live, other=-1)
         keep = (slot >= 0) & (head < NUM_KV_HEADS)
         column = tl.arange(0, BLOCK_D)[None, :]
@@ -290,7 +288,7 @@ def _norm_rotate(
     A row is held as the two partners of each rotated pair and the part that passes through, so the
     rotation stays within a thread.
     """
-    HALF: tl.constexpr = ROTARY_DIM // 2  # noqa: N806
+    HALF: tl.constexpr = ROTARY_DIM // 2
     first, second = _load_pairs(source[:, None], keep[:, None], HALF, INTERLEAVED, BLOCK_HALF)
     sum_squares = tl.sum(first * first + second * second, axis=1)
     if ROTARY_DIM < HEAD_DIM:
@@ -300,8 +298,9 @@ def _norm_rotate(
         sum_squares += tl.sum(passed * passed, axis=1)
     rrms = tl.rsqrt(sum_squares / HEAD_DIM + eps)[:, None]
 
-    one_row = tl.zeros((1, 1), tl.int32)
-    w_first, w_second = _load_pairs(weight + one_row, one_row == 0, HALF, INTERLEAVED, BLOCK_HALF)
+    # Each row loads the weight for itself: a tile of the heads' layout needs no exchange between lanes.
+    weight_row = weight + tl.zeros_like(keep).to(tl.int32)
+    w_first, w_second = _load_pairs(weight_row[:, None], keep[:, None], HALF, INTERLEAVED, BLOCK_HALF)
     cos, sin = _load_pairs(table_row[:, None], keep[:, None], HALF, False, BLOCK_HALF)
     first *= rrms * w_first
     second *= rrms * w_second
@@ -310,7 +309,7 @@ def _norm_rotate(
         HALF, INTERLEAVED, BLOCK_HALF,
     )  # fmt: skip
     if ROTARY_DIM < HEAD_DIM:
-        w_rest = tl.load(weight + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)
+        w_rest = tl.load(weight_row[:, None] + rest, mask=rest_mask, other=0.0).to(tl.float32)
         passed *= rrms * w_rest
         tl.store(target[:, None] + rest, passed.to(target.dtype.element_ty), mask=rest_mask)
 

@@ -60,7 +60,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     metrics_port: Annotated[Port, Meta(description="port of /metrics; 0 picks a free one")] = 9464
     kernel_mode: Annotated[KernelMode, Meta(description="path of requests that pin none")] = KernelMode.FUSED
     kernel_modes: Annotated[
-        tuple[KernelMode, ...], Meta(description="paths that are warmed up and can be switched to")
+        tuple[KernelMode, ...],
+        Meta(description="paths that are warmed up and can be switched to, comma-separated"),
     ] = tuple(KernelMode)
     device: Annotated[Literal["auto", "cuda", "cpu"], Meta(description="where to compute")] = "auto"
     dtype: Annotated[
@@ -162,8 +163,9 @@ class Option(NamedTuple):
     description: str
     default: str
     choices: tuple[str, ...]
-    """The values it can take, or the items of its list; empty if they are not few."""
+    """The values that it, or an item of its list, can take; empty if they are not few."""
     is_switch: bool
+    is_list: bool
 
 
 def serve_options() -> list[Option]:
@@ -218,9 +220,9 @@ def _explain(message: str, values: Mapping[str, Any], given_as: Mapping[str, str
     if located is None:  # raised by ServeConfig itself, and names its option
         return message
     name, what = located["name"], located["what"]
-    choices = next(option.choices for option in serve_options() if option.name == name)
-    if choices:
-        expected = f"expected {'some' if name == 'kernel_modes' else 'one'} of {', '.join(choices)}"
+    option = next(option for option in serve_options() if option.name == name)
+    if option.choices:
+        expected = f"expected {'some' if option.is_list else 'one'} of {', '.join(option.choices)}"
     else:
         expected = what.split(", got ")[0].replace("`", "").replace(" | null", "").replace("Exp", "exp")
     return f"{given_as[name]}: {expected}, got {values[name]!r}"
@@ -236,6 +238,7 @@ def _describe(field: msgspec.structs.FieldInfo, hint: Any) -> Option:
         default=_spell(field.default),
         choices=_choices(kind),
         is_switch=kind is bool,
+        is_list=get_origin(kind) is tuple,
     )
 
 

@@ -7,6 +7,7 @@ cannot work ends it with `EXIT_UNUSABLE` and one line that says why.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import msgspec
+import torch
 
 from fusewire.model.runner import ModelRunner, RunnerOptions
 from fusewire.service.config import EngineConfig
@@ -38,6 +40,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    leave_a_core_to_the_front_end()
     try:
         engine, inbox = build(config)
     except (ValueError, OSError, MemoryError) as error:
@@ -63,6 +66,12 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
     ready = describe(runner, config)
     log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
     return Engine(runner, scheduler, ready, inbox), inbox
+
+
+def leave_a_core_to_the_front_end() -> None:
+    """Keep torch's threads off one core: OpenMP's barriers stall badly where threads outnumber cores."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:

@@ -63,9 +63,9 @@ class LocalEngine:
         self.thread.start()
 
     def stop(self) -> None:
-        self.runner.gate.set()
         self.channel.stop()
         self.engine.stop()
+        self.runner.gate.set()
         self.thread.join()
 
 
@@ -127,9 +127,13 @@ def test_a_request_is_scheduled_answered_and_ended(engine: LocalEngine, tmp_path
 
 def test_finishing_from_outside_frees_the_blocks(engine: LocalEngine, tmp_path: Path) -> None:
     async def body(client: EngineClient) -> None:
+        engine.runner.gate.clear()
         events = client.submit(request("a", max_tokens=200))
+        await until(lambda: engine.pool.num_free < 64)
         client.finish("a", "cancelled")
         client.finish("nobody", "cancelled")
+        await asyncio.sleep(0.05)  # both are on their way before the step may end
+        engine.runner.gate.set()
         ended = (await drain(events))[-1]
         assert isinstance(ended, Ended)
         assert ended.reason == "cancelled"

@@ -1,0 +1,339 @@
+"""The `fusewire` command line: what can be typed, and how it ends.
+
+What a command does is in `fusewire.service.commands`, which is loaded only when one runs, so that
+help is quick. Imports no torch.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeAlias
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service import manual
+from fusewire.service.config import ConfigError, Option, serve_options
+
+PUBLIC_TARGET = "127.0.0.1:50051"
+ADMIN_TARGET = "127.0.0.1:50052"
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+MODES = tuple(mode.value for mode in KernelMode)
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # nobody reads the output any more; let the last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    # gRPC's core would write lines of its own to standard error, beside the one that says what failed.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if args.run == "serve" else "NONE")
+    from fusewire.service.client import CallFailed, UnusableOption
+    from fusewire.service.commands import COMMANDS
+    from fusewire.service.terminal import CommandFailed
+
+    try:
+        status = COMMANDS[args.run](args)
+        sys.stdout.flush()
+    except (ConfigError, UnusableOption) as error:
+        return _fail(error, EXIT_USAGE)
+    except (CallFailed, CommandFailed) as error:
+        return _fail(error, EXIT_FAILED)
+    return status
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"fusewire: {error}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; the parsed arguments name theirs as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="fusewire",
+        description=manual.DESCRIPTION,
+        epilog=manual.EXAMPLES + manual.EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fusewire {version('fusewire')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_demo(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_mode(commands)
+    _add_health(commands)
+    _add_drain(commands)
+    return parser
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = _add(commands, "serve", "serve a model", manual.SERVE_DESCRIPTION, manual.SERVE_EXAMPLES)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file of options (env FUSEWIRE_CONFIG)"
+    )
+    for option in serve_options():
+        _add_serve_option(parser, option)
+    parser.set_defaults(run="serve")
+
+
+def _add_serve_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    """Add one option whose value stays text: `load_config` converts and checks it."""
+    text = f"{option.description} (default {option.default}, env {option.variable})"
+    if option.is_switch:
+        parser.add_argument(
+            option.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
+        return
+    if option.choices and not option.is_list:
+        metavar = f"{{{','.join(option.choices)}}}"
+    else:
+        metavar = option.name.rpartition("_")[2].upper()
+    parser.add_argument(option.flag, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _add_demo(commands: Commands) -> None:
+    summary = "start a server, run one prompt on two kernel paths, stop"
+    parser = _add(commands, "demo", summary, manual.DEMO_DESCRIPTION, manual.DEMO_EXAMPLES)
+    parser.add_argument("--prompt", default=None, metavar="TEXT", help="prompt to send instead of the demo's")
+    parser.add_argument(
+        "--max-tokens", type=_count, default=64, metavar="N", help="tokens to generate (default %(default)s)"
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="timed repetitions on each path (default %(default)s)",
+    )
+    _add_json(parser)
+    parser.set_defaults(run="demo")
+
+
+def _add_generate(commands: Commands) -> None:
+    summary = "send one prompt and stream the answer"
+    parser = _add(commands, "generate", summary, manual.GENERATE_DESCRIPTION, manual.GENERATE_EXAMPLES)
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        help="the prompt; - reads standard input, of which a final newline is dropped",
+    )
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's turn of a chat")
+    parser.add_argument("--system", metavar="TEXT", help="system turn before it; needs --chat")
+    parser.add_argument("--echo", action="store_true", help="put the prompt's text before the answer")
+    _add_generation_options(parser)
+    _add_json(parser)
+    _add_connection(parser, PUBLIC_TARGET)
+    parser.set_defaults(run="generate")
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = _add(commands, "chat", "talk to the model", manual.CHAT_DESCRIPTION, manual.CHAT_EXAMPLES)
+    parser.add_argument("--system", metavar="TEXT", help="system turn at the start of the conversation")
+    _add_generation_options(parser)
+    _add_connection(parser, PUBLIC_TARGET)
+    parser.set_defaults(run="chat")
+
+
+def _add_mode(commands: Commands) -> None:
+    summary = "show or change the server's kernel path"
+    parser = _add(commands, "mode", summary, manual.MODE_DESCRIPTION, manual.MODE_EXAMPLES)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = _add(actions, "get", "show the kernel path", manual.MODE_GET_DESCRIPTION)
+    change = _add(actions, "set", "change the kernel path", manual.MODE_SET_DESCRIPTION, manual.MODE_EXAMPLES)
+    change.add_argument("mode", choices=MODES, metavar="MODE", help=f"one of {', '.join(MODES)}")
+    change.add_argument(
+        "--expected-generation",
+        type=_uint64,
+        metavar="N",
+        help="change nothing, and fail, unless this is the current generation",
+    )
+    for action, run in ((show, "mode get"), (change, "mode set")):
+        _add_json(action)
+        _add_connection(action, ADMIN_TARGET)
+        action.set_defaults(run=run)
+
+
+def _add_health(commands: Commands) -> None:
+    summary = "ask whether a server serves"
+    parser = _add(commands, "health", summary, manual.HEALTH_DESCRIPTION, manual.HEALTH_EXAMPLES)
+    parser.add_argument(
+        "--service", default="", metavar="NAME", help="gRPC service to ask for (default: the whole server)"
+    )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to wait for SERVING (default 0)",
+    )
+    _add_json(parser)
+    _add_connection(parser, PUBLIC_TARGET)
+    parser.set_defaults(run="health")
+
+
+def _add_drain(commands: Commands) -> None:
+    summary = "let a server finish what runs and refuse the rest"
+    parser = _add(commands, "drain", summary, manual.DRAIN_DESCRIPTION)
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="what running requests get before they are ended (default: the server's --drain-seconds)",
+    )
+    _add_json(parser)
+    _add_connection(parser, ADMIN_TARGET)
+    parser.set_defaults(run="drain")
+
+
+def _add(
+    commands: Commands, name: str, summary: str, description: str, examples: str = ""
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples + manual.EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_connection(parser: argparse.ArgumentParser, target: str) -> None:
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "--target", default=target, metavar="HOST:PORT", help="server to call (default %(default)s)"
+    )
+    group.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="use TLS, and trust the authorities of this PEM bundle"
+    )
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM chain to present to the server")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key of --tls-cert")
+    group.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file whose first line is the bearer token; it is sent over TLS or to loopback only",
+    )
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", choices=MODES, help="kernel path of this request (default: the server's)")
+    parser.add_argument("--model", default="", metavar="NAME", help="model to use (default: the one served)")
+    parser.add_argument(
+        "--priority", type=_whole(-100, 100), default=0, metavar="N", help="-100 to 100 (default 0)"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="give up after so long (default: never)"
+    )
+    _add_sampling(parser.add_argument_group("sampling", "What is not given is the model's own default."))
+    _add_stopping(parser.add_argument_group("stopping"))
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    knobs: tuple[tuple[str, Callable[[str], float], str, str], ...] = (
+        ("--temperature", float, "X", "divides the logits; 0 always takes the likeliest token"),
+        ("--top-k", _uint32, "N", "keep the N likeliest tokens; 0 keeps all"),
+        ("--top-p", float, "P", "keep the likeliest tokens that together reach this probability"),
+        ("--min-p", float, "P", "drop tokens less likely than this share of the likeliest"),
+        ("--seed", _uint64, "N", "seed of the random numbers (default: drawn by the server)"),
+        ("--repetition-penalty", float, "X", "divides the logits of tokens seen before; 1 is none"),
+        ("--presence-penalty", float, "X", "subtracted once from the logits of generated tokens"),
+        ("--frequency-penalty", float, "X", "subtracted per occurrence from the same"),
+    )
+    for flag, kind, metavar, text in knobs:
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=X",
+        help="add X to the logit of a token id (may be repeated)",
+    )
+
+
+def _add_stopping(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-tokens", type=_uint32, metavar="N", help="most tokens to generate (default: the server's)"
+    )
+    group.add_argument(
+        "--min-tokens", type=_uint32, default=0, metavar="N", help="do not stop before N tokens"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)"
+    )
+    group.add_argument(
+        "--stop-token-id",
+        type=_uint32,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="end at this token id (may be repeated)",
+    )
+    group.add_argument("--include-stop", action="store_true", help="keep what ended the answer in the text")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    group.add_argument(
+        "--time-limit", type=_seconds, metavar="SECONDS", help="end the answer, unfinished, after so long"
+    )
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """Make a converter of whole numbers of a range."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return number
+
+    return convert
+
+
+_count = _whole(1, 2**32 - 1)
+_uint32 = _whole(0, 2**32 - 1)
+_uint64 = _whole(0, 2**64 - 1)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
+    return seconds
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return _uint32(token_id), float(bias)
+    except (argparse.ArgumentTypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected ID=X, for instance 198=-5, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

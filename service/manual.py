@@ -1,0 +1,126 @@
+"""What `fusewire --help` and the help of each command say, beside the options themselves."""
+
+EXIT_STATUS = """
+exit status:
+  0    done
+  1    the call or the server failed; one line on standard error says why
+  2    the command line or the configuration cannot be used
+  130  interrupted by Ctrl-C
+"""
+
+DESCRIPTION = """\
+Fusewire serves Qwen3-style language models over gRPC with streaming generation. The QK norm of the
+model (per-head RMSNorm of queries and keys before RoPE) runs on one of three paths, in prefill and
+in decode alike, and the path can be changed per request or for the whole server while it runs:
+
+  unfused     separate operations, the way a model file spells the chain
+  fused_norm  the two norms in one launch
+  fused       norm, RoPE and the write into the paged KV cache together (the default)
+"""
+
+EXAMPLES = """
+examples:
+  fusewire demo                               see it work, on the embedded model
+  fusewire serve                              serve the embedded model on 127.0.0.1:50051
+  fusewire generate 'Once upon a time'        stream an answer to the terminal
+  fusewire chat                               talk to the model
+  fusewire mode set unfused                   change the kernel path of the running server
+"""
+
+SERVE_DESCRIPTION = """\
+Serve a model over gRPC until SIGTERM or Ctrl-C; then new requests are refused, running ones finish,
+and the exit status is 0.
+
+Every option can also be set by its variable in the environment or by its name (with underscores) in
+a TOML file. The command line wins over the environment, the environment over the file. Everything
+binds to loopback unless told otherwise; another address needs TLS or --insecure.
+"""
+
+SERVE_EXAMPLES = """
+examples:
+  fusewire serve                              the embedded demo model
+  fusewire serve --model Qwen/Qwen3-0.6B      a model of the hub, or a folder
+  fusewire serve --config fusewire.toml       options from a file, for instance max_running = 32
+  FUSEWIRE_PORT=6000 fusewire serve           an option from the environment
+"""
+
+GENERATE_DESCRIPTION = """\
+Send one prompt and stream the answer to standard output as it comes; a line on standard error then
+tells tokens, latency and the kernel path. What no option says is the server's choice: the sampling
+knobs of the model's generation_config, and the server's kernel path.
+"""
+
+GENERATE_EXAMPLES = """
+examples:
+  fusewire generate 'Once upon a time' --max-tokens 64
+  fusewire generate --chat 'Who was Emma?' --temperature 0.7 --seed 1
+  fusewire generate --mode unfused --json 'Once upon a time' | jq .timings
+  fusewire generate --stop $'\\n\\n' - < prompt.txt
+"""
+
+CHAT_DESCRIPTION = """\
+Talk to the model; every turn is sent with the turns before it. Ctrl-C ends an answer that is being
+written, and leaves the chat when none is. Lines that begin with a slash are commands:
+
+  /mode [MODE]  show or set the kernel path of the next answers (default: the server's)
+  /reset        forget the conversation
+  /quit         leave, as does the end of the input
+"""
+
+CHAT_EXAMPLES = """
+examples:
+  fusewire chat
+  fusewire chat --system 'Answer in one sentence.' --temperature 0.7
+"""
+
+MODE_DESCRIPTION = """\
+Show or change the kernel path of requests that pin none, on a running server (admin port).
+"""
+
+MODE_GET_DESCRIPTION = """\
+Print the server's kernel path, the implementation behind it, how often it has been changed (the
+generation, which starts at 1), and the paths that can be switched to.
+"""
+
+MODE_SET_DESCRIPTION = """\
+Change the kernel path from the next step on, without a restart or a dropped request. Running
+requests that follow the server's default switch too; those that pinned a path keep theirs.
+"""
+
+MODE_EXAMPLES = """
+examples:
+  fusewire mode get
+  fusewire mode set unfused
+  fusewire mode set fused --expected-generation 2 --json
+"""
+
+HEALTH_DESCRIPTION = """\
+Print the health of a server, SERVING or NOT_SERVING, by the standard grpc.health.v1 service. The
+exit status is 0 for SERVING and 1 for anything else, so that it can be a container's health check.
+"""
+
+HEALTH_EXAMPLES = """
+examples:
+  fusewire health
+  fusewire health --wait 120                  wait until a server that is starting serves
+  fusewire health --service fusewire.v1.GenerationService
+"""
+
+DRAIN_DESCRIPTION = """\
+Make a server refuse new requests and wait until the running ones have ended (admin port). The
+server stays up, and its health says NOT_SERVING.
+"""
+
+DEMO_DESCRIPTION = """\
+Start a server on the embedded model and on free loopback ports, stream one prompt over gRPC on the
+unfused and on the fused path, print the text as it comes and then the latency of each path by
+phase, and stop the server. Latencies are the server's own account of each request: medians over
+some repetitions, the two paths taking turns, after a pass that is not timed.
+"""
+
+DEMO_EXAMPLES = """
+examples:
+  fusewire demo
+  fusewire demo --prompt 'Once upon a time' --max-tokens 96
+  fusewire demo --json
+"""

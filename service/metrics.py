@@ -1,0 +1,321 @@
+"""What Prometheus sees of the service: every metric, its labels, its unit.
+
+All of them live in one registry of their own; every combination of labels that can occur exists
+from the start, at 0. No label holds a user's or a request's name. Knows neither gRPC's library nor
+the engine, only the messages that the engine sends.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import NamedTuple, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.messages import (
+    Ended,
+    EndReason,
+    EngineReady,
+    KernelPath,
+    Phase,
+    StepReport,
+    Token,
+)
+
+# fmt: off
+REQUEST_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0,
+)
+TOKEN_BUCKETS = (
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5,
+)
+STEP_BUCKETS = (0.0001, 0.00025, *TOKEN_BUCKETS)
+CALL_BUCKETS = (0.0005, *REQUEST_BUCKETS)
+BATCH_BUCKETS = tuple(float(2**power) for power in range(16))
+
+CODES = {
+    "OK": "OK", "CANCELLED": "Canceled", "UNKNOWN": "Unknown", "INVALID_ARGUMENT": "InvalidArgument",
+    "DEADLINE_EXCEEDED": "DeadlineExceeded", "NOT_FOUND": "NotFound", "ALREADY_EXISTS": "AlreadyExists",
+    "PERMISSION_DENIED": "PermissionDenied", "RESOURCE_EXHAUSTED": "ResourceExhausted",
+    "FAILED_PRECONDITION": "FailedPrecondition", "ABORTED": "Aborted", "OUT_OF_RANGE": "OutOfRange",
+    "UNIMPLEMENTED": "Unimplemented", "INTERNAL": "Internal", "UNAVAILABLE": "Unavailable",
+    "DATA_LOSS": "DataLoss", "UNAUTHENTICATED": "Unauthenticated",
+}
+"""gRPC's status codes as `grpc_code` spells them: the way of Go's middleware, where the names are from."""
+# fmt: on
+
+PATHS = (*(mode.value for mode in KernelMode), "mixed")
+REJECTIONS = ("queue_full", "draining", "engine_unavailable")
+
+
+class RequestAccount(NamedTuple):
+    """What one request took, known at its end. A phase that was not completed is None."""
+
+    reason: EndReason
+    path: KernelPath
+    """The one path of all its steps, or "mixed"; "" if no step computed any of it."""
+    queue_seconds: float | None
+    prefill_seconds: float | None
+    decode_seconds: float | None
+    total_seconds: float
+    """From arrival to the end."""
+    preempted_seconds: float
+    completion_tokens: int
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Args:
+        model_name: the value of the label `model_name`.
+        oldest_waiting: tells when the request that waits longest arrived, on the clock of
+            `time.monotonic()`; None when none waits. Called from the thread that serves a scrape.
+    """
+
+    def __init__(self, model_name: str, oldest_waiting: Callable[[], float | None] = lambda: None) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        self.rpc = RpcMetrics(self.registry)
+        make = _Maker(self.registry)
+        self._requests = _request_histograms(make, model_name)
+        self._engine = _EngineMetrics(make)
+        self._mode = _KernelModeMetrics(make)
+        self._last_token_at: dict[str, float] = {}
+        self._prompt_tokens = make.counter("prompt_tokens", "Tokens of the prompts that were scheduled")
+        self._generation_tokens = make.counter("generation_tokens", "Tokens generated")
+        finished = make.counter("requests_finished", "Requests that ended, by reason", "finish_reason")
+        self._finished = {reason: finished.labels(reason) for reason in get_args(EndReason)}
+        rejected = make.counter("requests_rejected", "Requests that were not admitted, by reason", "reason")
+        self._rejected = {reason: rejected.labels(reason) for reason in REJECTIONS}
+        make.gauge("build_info", "The version that runs; always 1", "version").labels(
+            version("fusewire")
+        ).set(1)
+        make.gauge(
+            "oldest_waiting_request_age_seconds", "How long the first of the waiting requests has waited"
+        ).set_function(lambda: _age(oldest_waiting()))
+
+    def observe_step(self, report: StepReport) -> None:
+        """Take in one report of the engine: its load, the step, and the tokens it brought."""
+        self._engine.observe(report)
+        gaps, last = self._requests["inter_token_latency"][report.kernel_mode], self._last_token_at
+        for event in report.events:
+            if isinstance(event, Token):
+                self._generation_tokens.inc()
+                if event.request_id in last:
+                    gaps.observe(event.time - last[event.request_id])
+                last[event.request_id] = event.time
+            elif isinstance(event, Ended):
+                last.pop(event.request_id, None)
+
+    def observe_scheduled(self, prompt_tokens: int) -> None:
+        """Count a request that left the queue for the first time."""
+        self._prompt_tokens.inc(prompt_tokens)
+
+    def observe_finished(self, account: RequestAccount) -> None:
+        """Count a request that has ended and, if any step computed of it, what it took."""
+        self._finished[account.reason].inc()
+        if not account.path:
+            return
+        taken = {
+            "e2e_request_latency": account.total_seconds,
+            "request_preempted": account.preempted_seconds,
+            "request_queue": account.queue_seconds,
+            "request_prefill": account.prefill_seconds,
+        }
+        if account.queue_seconds is not None and account.prefill_seconds is not None:
+            taken["time_to_first_token"] = account.queue_seconds + account.prefill_seconds
+        if account.decode_seconds is not None and account.completion_tokens > 1:
+            taken["request_decode"] = account.decode_seconds
+            taken["request_time_per_output_token"] = account.decode_seconds / (account.completion_tokens - 1)
+        for name, seconds in taken.items():
+            if seconds is not None:
+                self._requests[name][account.path].observe(seconds)
+
+    def observe_rejected(self, reason: str) -> None:
+        """Count a request that was not admitted, for one of `REJECTIONS`."""
+        self._rejected[reason].inc()
+
+    def observe_engine(self, ready: EngineReady | None) -> None:
+        """Take in that the engine has become usable, or is gone (None)."""
+        self._engine.observe_engine(ready is not None)
+        self._last_token_at.clear()
+        if ready is not None:
+            self._mode.backends = ready.kernel_backends
+            self._mode.show(ready.kernel_mode, ready.generation)
+
+    def observe_restart(self) -> None:
+        """Count that the engine has died and is started again."""
+        self._engine.restarts.inc()
+
+    def observe_switch(self, mode: KernelMode, generation: int) -> None:
+        """Take in that the default kernel path was changed."""
+        self._mode.switches.inc()
+        self._mode.last_switch.set_to_current_time()
+        self._mode.show(mode, generation)
+
+
+class _EngineMetrics:
+    """The engine's steps and load."""
+
+    def __init__(self, make: "_Maker") -> None:
+        steps = make.histogram(
+            "engine_step_duration_seconds",
+            "Time of one step, from its plan to its sampled tokens",
+            STEP_BUCKETS,
+            "phase",
+            "kernel_mode",
+        )
+        self._steps = {
+            (phase, mode): steps.labels(phase, mode) for phase in get_args(Phase) for mode in KernelMode
+        }
+        batch = make.histogram(
+            "batch_tokens", "Tokens of one phase in a step that had any", BATCH_BUCKETS, "phase"
+        )
+        self._prefill_tokens, self._decode_tokens = batch.labels("prefill"), batch.labels("decode")
+        self.restarts = make.counter("engine_restarts", "Times the engine died and was started again")
+        self._preemptions = make.counter("preemptions", "Times a request lost its KV cache, to be recomputed")
+        self._running = make.gauge("requests_running", "Requests that hold KV cache")
+        self._waiting = make.gauge("requests_waiting", "Requests that wait for KV cache, preempted ones too")
+        self._kv_usage = make.gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use")
+        self._up = make.gauge("engine_up", "Whether the engine can take requests")
+        self._last_step = make.gauge("last_step_timestamp_seconds", "When the last step ended, in Unix time")
+
+    def observe(self, report: StepReport) -> None:
+        self._running.set(report.running)
+        self._waiting.set(report.waiting)
+        self._kv_usage.set(report.kv_usage)
+        self._preemptions.inc(report.preemptions)
+        if report.phase is None:
+            return
+        self._steps[report.phase, report.kernel_mode].observe(report.duration)
+        self._last_step.set_to_current_time()
+        if report.prefill_tokens:
+            self._prefill_tokens.observe(report.prefill_tokens)
+        if report.decode_tokens:
+            self._decode_tokens.observe(report.decode_tokens)
+
+    def observe_engine(self, up: bool) -> None:
+        self._up.set(up)
+        for gauge in (self._running, self._waiting, self._kv_usage):
+            gauge.set(0)
+
+
+class _KernelModeMetrics:
+    """The default kernel path and its changes."""
+
+    def __init__(self, make: "_Maker") -> None:
+        self.backends: dict[KernelMode, str] = {}
+        self.switches = make.counter("kernel_mode_switches", "Changes of the default kernel path")
+        self.last_switch = make.gauge(
+            "kernel_mode_last_switch_timestamp_seconds", "When the default path last changed, in Unix time"
+        )
+        self._generation = make.gauge("kernel_mode_generation", "Generation of the default kernel path")
+        self._info = make.gauge(
+            "kernel_mode_info",
+            "1 for the default kernel path, 0 for the others that can be switched to",
+            "kernel_mode",
+            "backend",
+        )
+
+    def show(self, current: KernelMode, generation: int) -> None:
+        self._generation.set(generation)
+        for mode, backend in self.backends.items():
+            self._info.labels(mode, backend).set(mode is current)
+
+
+class MethodMetrics:
+    """The counters of one RPC."""
+
+    def __init__(
+        self,
+        started: Counter,
+        received: Counter,
+        sent: Counter,
+        handled: Mapping[str, Counter],
+        seconds: Histogram,
+    ) -> None:
+        self.started = started
+        self.received = received
+        self.sent = sent
+        self._handled = handled
+        self._seconds = seconds
+
+    def observe_handled(self, code: str, seconds: float) -> None:
+        """Count a call that ended with the status `code`, a key of `CODES`."""
+        self._handled[code].inc()
+        self._seconds.observe(seconds)
+
+
+class RpcMetrics:
+    """The `grpc_server_*` metrics, with the names and labels that gRPC's middlewares share."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        make, labels = _Maker(registry, "grpc_server"), ("grpc_type", "grpc_service", "grpc_method")
+        self._started = make.counter("started", "Calls begun", *labels)
+        self._received = make.counter("msg_received", "Messages received", *labels)
+        self._sent = make.counter("msg_sent", "Messages sent", *labels)
+        self._handled = make.counter("handled", "Calls ended, by status", *labels, "grpc_code")
+        self._seconds = make.histogram(
+            "handling_seconds", "Time from the begin of a call to its end", CALL_BUCKETS, *labels
+        )
+
+    def method(self, kind: str, service: str, method: str) -> MethodMetrics:
+        """Return the counters of one RPC; from then on they exist, for every status."""
+        names = (kind, service, method)
+        return MethodMetrics(
+            self._started.labels(*names),
+            self._received.labels(*names),
+            self._sent.labels(*names),
+            {code: self._handled.labels(*names, spelled) for code, spelled in CODES.items()},
+            self._seconds.labels(*names),
+        )
+
+
+def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, Histogram]]:
+    """Make the histograms of requests, by name (without the unit) and kernel path."""
+    slow = {
+        "time_to_first_token": "From a request's arrival to its first token",
+        "request_queue": "From a request's arrival to its first scheduling",
+        "request_prefill": "From a request's first scheduling to its first token",
+        "request_decode": "From a request's first token to its last",
+        "e2e_request_latency": "From a request's arrival to its end",
+        "request_preempted": "Time that a request spent back in the queue, within its phases",
+    }
+    fast = {
+        "inter_token_latency": "From a token to the next of its request; the path is the step's",
+        "request_time_per_output_token": "Mean time of a request's tokens after its first",
+    }
+    return {
+        name: {
+            path: histogram.labels(model_name, path)
+            for histogram in [
+                make.histogram(f"{name}_seconds", meaning, buckets, "model_name", "kernel_mode")
+            ]
+            for path in PATHS
+        }
+        for meanings, buckets in ((slow, REQUEST_BUCKETS), (fast, TOKEN_BUCKETS))
+        for name, meaning in meanings.items()
+    }
+
+
+def _age(since: float | None) -> float:
+    return 0.0 if since is None else time.monotonic() - since
+
+
+class _Maker:
+    """Makes metrics of one prefix in one registry."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str = "fusewire") -> None:
+        self._registry = registry
+        self._prefix = prefix
+
+    def counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        """A counter; `_total` is added to its name."""
+        return Counter(f"{self._prefix}_{name}", meaning, labels, registry=self._registry)
+
+    def gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(f"{self._prefix}_{name}", meaning, labels, registry=self._registry)
+
+    def histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{self._prefix}_{name}", meaning, labels, buckets=buckets, registry=self._registry)

@@ -1,0 +1,70 @@
+"""Where a model's files come from, and what the model is called.
+
+Embedded, from a folder, or fetched from the Hugging Face hub. Knows the files' names and not what is
+in them.
+"""
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from fusewire.model import demo
+from fusewire.service.config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+DEMO_NAME = "fusewire-demo"
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
+"""What is fetched from the hub: neither pickles nor code."""
+
+
+class ModelError(ValueError):
+    """There is no such model; the message is for the operator."""
+
+
+def public_name(config: ServeConfig) -> str:
+    """The name that requests use: the one that was given, else the folder's, else the hub id."""
+    if config.served_model_name:
+        return config.served_model_name
+    if not config.model:
+        return DEMO_NAME
+    folder = Path(config.model)
+    return folder.resolve().name if folder.is_dir() else config.model
+
+
+async def find_folder(model: str) -> Path:
+    """Return the folder of a model, fetched from the hub if it is neither empty nor a folder.
+
+    Raises:
+        ModelError: if it cannot be had.
+    """
+    if not model:
+        return demo.path()
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    fetched: Future[Path] = Future()
+    fetched.set_running_or_notify_cancel()
+    # A daemon, so that the process can stop while gigabytes are on their way.
+    threading.Thread(target=_fetch, args=(model, fetched), name="fetch-model", daemon=True).start()
+    return await asyncio.wrap_future(fetched)
+
+
+def _fetch(model: str, fetched: "Future[Path]") -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    log.info("fetching %s from the hub", model)
+    try:
+        fetched.set_result(Path(snapshot_download(model, allow_patterns=MODEL_FILES)))
+    except HFValidationError:
+        fetched.set_exception(ModelError(f"model: {model} is neither a folder nor a hub id"))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        fetched.set_exception(
+            ModelError(f"model: {model} is no folder, and the hub does not give it: {reason}")
+        )
+    except Exception as error:
+        log.exception("fetching failed")
+        fetched.set_exception(ModelError(f"model: {model} cannot be fetched: {type(error).__name__}"))

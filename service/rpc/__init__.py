@@ -1,0 +1,1 @@
+"""The gRPC services: validation, errors, credentials and streams. Meets the engine only in messages."""

@@ -1,0 +1,241 @@
+"""One answer as it grows: the engine's events in, the client's events out.
+
+Everything that is ready goes into one Delta. Purely a state machine: it neither waits nor sends, so
+what it yields depends on the tokens alone and not on how they were grouped. Knows neither gRPC nor
+the engine's socket.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.detokenizer import Detokenizer
+from fusewire.service.messages import (
+    AddRequest,
+    Ended,
+    EndReason,
+    EngineReady,
+    KernelPath,
+    RequestEvent,
+    Scheduled,
+    Token,
+)
+from fusewire.service.metrics import RequestAccount
+from fusewire.service.tokenizer import Tokenizer
+from fusewire.v1 import generation_pb2 as pb
+from fusewire.v1 import kernel_pb2
+
+REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "eos": pb.FINISH_REASON_EOS,
+    "length": pb.FINISH_REASON_LENGTH,
+    "context": pb.FINISH_REASON_CONTEXT,
+    "cancelled": pb.FINISH_REASON_CANCELLED,
+    "time_limit": pb.FINISH_REASON_TIME_LIMIT,
+}
+WIRE_PATHS = {
+    "": kernel_pb2.KERNEL_PATH_UNSPECIFIED,
+    "unfused": kernel_pb2.KERNEL_PATH_UNFUSED,
+    "fused_norm": kernel_pb2.KERNEL_PATH_FUSED_NORM,
+    "fused": kernel_pb2.KERNEL_PATH_FUSED,
+    "mixed": kernel_pb2.KERNEL_PATH_MIXED,
+}
+
+
+class AnswerOptions(NamedTuple):
+    """What the client wants of the answer and the engine need not know."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    token_ids: bool = False
+    echo: str = ""
+    """Text to put before the answer."""
+
+
+class Answer:
+    """The state of one answer.
+
+    Args:
+        request: what was asked of the engine.
+        options: what else was asked.
+        tokenizer: whose tokens these are.
+        ready: describes the engine that generates.
+    """
+
+    def __init__(
+        self, request: AddRequest, options: AnswerOptions, tokenizer: Tokenizer, ready: EngineReady
+    ) -> None:
+        self.request = request
+        self._options = options
+        self._tokenizer = tokenizer
+        self._backends = ready.kernel_backends
+        self._detokenizer = Detokenizer(tokenizer, options.stop, options.include_stop, request.min_tokens)
+        self._ending_ids = frozenset((*request.eos_ids, *request.stop_ids))
+        self._started = False
+        self._scheduled: Scheduled | None = None
+        self._first_token_time = 0.0
+        self._last_token_time = 0.0
+        self.completion_tokens = 0
+        self.ended: Ended | None = None
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the request has left the queue."""
+        return self._scheduled is not None
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string was found, so that the engine need not go on."""
+        return self._detokenizer.matched is not None
+
+    @property
+    def reason(self) -> EndReason:
+        """Why it ended; only once `ended` is set. A stop string comes before what the engine says."""
+        assert self.ended is not None
+        return "stop" if self.has_stopped else self.ended.reason
+
+    def take(self, events: Iterable[RequestEvent]) -> Iterator[pb.StreamGenerateResponse]:
+        """Take in what has happened and yield what the client may see of it, all but the Finished."""
+        delta = pb.Delta()
+        for event in events:
+            match event:
+                case Scheduled():
+                    self._scheduled = event
+                    yield from self._start()
+                case Token():
+                    self._add_token(event, delta)
+                case Ended():
+                    self.ended = event
+                    yield from self._start()
+                    delta.text += self._detokenizer.finish()
+        if delta.text or delta.token_ids or delta.logprobs:
+            yield pb.StreamGenerateResponse(delta=delta)
+
+    def _start(self) -> Iterator[pb.StreamGenerateResponse]:
+        """Every stream begins with Started, also if it ends before it was scheduled."""
+        if self._started:
+            return
+        self._started = True
+        yield pb.StreamGenerateResponse(
+            started=pb.Started(
+                request_id=self.request.request_id,
+                prompt_tokens=len(self.request.prompt_ids),
+                cached_tokens=self._cached_tokens,
+            )
+        )
+        if self._options.echo:
+            yield pb.StreamGenerateResponse(delta=pb.Delta(text=self._options.echo))
+
+    def _add_token(self, token: Token, delta: pb.Delta) -> None:
+        """Add a token to what is new, unless the answer has ended before it."""
+        if self.has_stopped:
+            return
+        if self.completion_tokens == 0:
+            self._first_token_time = token.time
+        self._last_token_time = token.time
+        self.completion_tokens += 1
+        if self._options.include_stop or token.token_id not in self._ending_ids:
+            delta.text += self._detokenizer.push(token.token_id)
+        if self._options.token_ids:
+            delta.token_ids.append(token.token_id)
+        if token.logprob is not None:
+            delta.logprobs.append(self._logprob(token, token.logprob))
+
+    def _logprob(self, token: Token, logprob: float) -> pb.TokenLogprob:
+        token_bytes = self._tokenizer.token_bytes
+        return pb.TokenLogprob(
+            token_id=token.token_id,
+            logprob=logprob,
+            token=token_bytes(token.token_id),
+            top=[
+                pb.TopLogprob(token_id=token_id, logprob=top_logprob, token=token_bytes(token_id))
+                for token_id, top_logprob in token.top
+            ],
+        )
+
+    # ---- the end ----
+
+    def finished(self) -> pb.StreamGenerateResponse:
+        """The last event; only once `ended` is set."""
+        assert self.ended is not None
+        prefill, decode = self._prefill_seconds, self._decode_seconds
+        queue = self._queue_seconds
+        return pb.StreamGenerateResponse(
+            finished=pb.Finished(
+                reason=REASONS[self.reason],
+                matched_stop=self._matched_stop(self.ended),
+                usage=pb.Usage(
+                    prompt_tokens=len(self.request.prompt_ids),
+                    completion_tokens=self.completion_tokens,
+                    cached_tokens=self._cached_tokens,
+                ),
+                timings=pb.PhaseTimings(
+                    queue_seconds=queue or 0.0,
+                    prefill_seconds=prefill or 0.0,
+                    decode_seconds=decode or 0.0,
+                    time_to_first_token_seconds=0.0 if queue is None or prefill is None else queue + prefill,
+                ),
+                kernel=kernel_report(self.ended, self._backends),
+            )
+        )
+
+    def account(self, reason: EndReason) -> RequestAccount:
+        """What the request took, for the metrics; also of one whose end was not awaited."""
+        return RequestAccount(
+            reason=reason,
+            path=_common_path(self.ended) if self.ended is not None else "",
+            queue_seconds=self._queue_seconds,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            total_seconds=time.monotonic() - self.request.arrival,
+            preempted_seconds=self.ended.preempted_seconds if self.ended is not None else 0.0,
+            completion_tokens=self.completion_tokens,
+        )
+
+    def _matched_stop(self, ended: Ended) -> str:
+        if self._detokenizer.matched is not None:
+            return self._detokenizer.matched
+        return str(ended.stop_id) if ended.reason == "stop" and ended.stop_id is not None else ""
+
+    @property
+    def _cached_tokens(self) -> int:
+        return self._scheduled.cached_tokens if self._scheduled is not None else 0
+
+    @property
+    def _queue_seconds(self) -> float | None:
+        return None if self._scheduled is None else self._scheduled.time - self.request.arrival
+
+    @property
+    def _prefill_seconds(self) -> float | None:
+        if self._scheduled is None or not self.completion_tokens:
+            return None
+        return self._first_token_time - self._scheduled.time
+
+    @property
+    def _decode_seconds(self) -> float | None:
+        return self._last_token_time - self._first_token_time if self.completion_tokens else None
+
+
+def kernel_report(ended: Ended, backends: dict[KernelMode, str]) -> kernel_pb2.KernelReport:
+    """Say which path each phase took and what implementation was behind it."""
+    prefill, decode = _backend(ended.prefill_path, backends), _backend(ended.decode_path, backends)
+    ran = {backend for backend in (prefill, decode) if backend}
+    return kernel_pb2.KernelReport(
+        prefill=WIRE_PATHS[ended.prefill_path],
+        decode=WIRE_PATHS[ended.decode_path],
+        prefill_backend=prefill,
+        decode_backend=decode,
+        backend="mixed" if len(ran) > 1 else next(iter(ran), ""),
+    )
+
+
+def _backend(path: KernelPath, backends: dict[KernelMode, str]) -> str:
+    """The implementation behind a path; "" if the phase did not run."""
+    return path if path in ("", "mixed") else backends[KernelMode(path)]
+
+
+def _common_path(ended: Ended) -> KernelPath:
+    """The path that both phases took, "mixed" if they differ, "" if neither ran."""
+    paths: set[KernelPath] = {path for path in (ended.prefill_path, ended.decode_path) if path}
+    return "mixed" if len(paths) > 1 else next(iter(paths), "")

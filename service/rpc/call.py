@@ -1,0 +1,27 @@
+"""What an RPC may know of the call that it answers, beside its request."""
+
+import time
+from dataclasses import dataclass
+
+import grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call. Times are those of `time.monotonic()`."""
+
+    arrival: float
+    deadline: float | None
+    """When the client stops waiting; None if it waits for ever."""
+    caller: str
+    """Who calls: a digest of the credential, the same for every call with it; "" without one."""
+    context: grpc.aio.ServicerContext
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the client's deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    async def send_request_id(self, request_id: str) -> None:
+        """Tell the client the id of its request now, ahead of any message."""
+        await self.context.send_initial_metadata((("x-request-id", request_id),))

@@ -1,0 +1,104 @@
+"""The two gRPC servers, public and admin, over one `Serving`.
+
+Knows which services are on which port, and no RPC.
+"""
+
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+
+from fusewire.service.auth import BearerTokens, server_credentials
+from fusewire.service.config import ServeConfig
+from fusewire.service.rpc import reflection
+from fusewire.service.rpc.admin import AdminService
+from fusewire.service.rpc.generation import GenerationService
+from fusewire.service.rpc.handlers import Gate, generic_handler
+from fusewire.service.rpc.model import ModelService
+from fusewire.service.rpc.serving import Serving
+from fusewire.v1 import admin_pb2, generation_pb2, model_pb2
+
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+SERVICE_NAMES = [service.full_name for service in (GENERATION, MODEL, ADMIN)]
+"""What the health service answers for, on both ports."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail
+    ("grpc.max_send_message_length", -1),  # an answer is as long as it is
+    ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and lets clients do the same
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class ListenError(RuntimeError):
+    """A port cannot be listened on; the message is for the operator."""
+
+
+class FrontEnd:
+    """Serves the public and the admin port. Both are bound as the options say; 0 picks a free port."""
+
+    def __init__(self, config: ServeConfig, serving: Serving) -> None:
+        self.port = config.port
+        self.admin_port = config.admin_port
+        self._config = config
+        self._serving = serving
+        self._servers: list[grpc.aio.Server] = []
+
+    async def start(self) -> None:
+        """Listen and answer; `port` and `admin_port` are real from now on.
+
+        Raises:
+            ListenError: if a port cannot be bound.
+            CredentialError: if a token file or a TLS file cannot be used.
+        """
+        config, serving = self._config, self._serving
+        public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
+        self.port = await self._listen(config.host, config.port, config.auth_token_file, public)
+        admin = {ADMIN: AdminService(serving)}
+        self.admin_port = await self._listen(
+            config.admin_host, config.admin_port, config.admin_token_file, admin
+        )
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Stop listening; calls that still run after the grace are cancelled."""
+        for server in self._servers:
+            await server.stop(grace_seconds)
+        self._servers.clear()
+
+    async def _listen(
+        self, host: str, port: int, token_file: str, services: Mapping[ServiceDescriptor, object]
+    ) -> int:
+        gate = Gate(BearerTokens.load(token_file) if token_file else None)
+        described = reflection.Reflection([*services, HEALTH])
+        handlers = [
+            generic_handler(service, implementation, gate, self._serving.metrics.rpc)
+            for service, implementation in {
+                **services,
+                HEALTH: self._serving.health,
+                reflection.SERVICE: described,
+            }.items()
+        ]
+        handlers.append(
+            generic_handler(reflection.SERVICE, described, gate, self._serving.metrics.rpc, reflection.V1)
+        )
+        options = (*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", self._config.max_request_bytes))
+        server = grpc.aio.server(handlers=handlers, options=options)
+        bound = self._bind(server, f"[{host}]:{port}" if ":" in host.strip("[]") else f"{host}:{port}")
+        await server.start()
+        self._servers.append(server)
+        return bound
+
+    def _bind(self, server: grpc.aio.Server, address: str) -> int:
+        credentials = server_credentials(self._config)
+        try:
+            if credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ListenError(f"cannot listen on {address}: is the port in use?") from error

@@ -1,0 +1,176 @@
+"""`GenerationService`: generates text and does what belongs to it.
+
+`Generate` collects what `StreamGenerate` yields, so both give the same text by construction. Knows
+when to ask the engine and when to stop it; how tokens become a client's events is
+`fusewire.service.rpc.answer`.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import grpc
+
+from fusewire.service.engine_client import EngineUnavailable
+from fusewire.service.messages import EndReason
+from fusewire.service.rpc import validation
+from fusewire.service.rpc.answer import Answer, AnswerOptions
+from fusewire.service.rpc.call import Call
+from fusewire.service.rpc.errors import StatusError
+from fusewire.service.rpc.serving import LiveRequest, Serving
+from fusewire.service.tokenizer import Tokenizer
+from fusewire.v1 import generation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+class GenerationService:
+    """Answers the RPCs of `fusewire.v1.GenerationService`; names and messages are the proto's."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:  # noqa: N802
+        """Generate the whole answer and return it at once."""
+        whole = pb.GenerateResponse()
+        texts = []
+        async with aclosing(self.StreamGenerate(request, call)) as responses:
+            async for response in responses:
+                match response.WhichOneof("event"):
+                    case "started":
+                        whole.request_id = response.started.request_id
+                    case "delta":
+                        texts.append(response.delta.text)
+                        whole.token_ids.extend(response.delta.token_ids)
+                        whole.logprobs.extend(response.delta.logprobs)
+                    case "finished":
+                        end = response.finished
+                        whole.reason, whole.matched_stop = end.reason, end.matched_stop
+                        whole.usage.CopyFrom(end.usage)
+                        whole.timings.CopyFrom(end.timings)
+                        whole.kernel.CopyFrom(end.kernel)
+        whole.text = "".join(texts)
+        return whole
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: pb.GenerateRequest, call: Call
+    ) -> AsyncGenerator[pb.StreamGenerateResponse]:
+        """Generate and yield events as they come: Started, any number of Delta, Finished.
+
+        The request leaves the engine whichever way this ends, a vanished client included.
+        """
+        serving, engine = self._serving, self._serving.engine
+        with serving.admitted(call.caller, call.arrival) as live:
+            answer = await self._prepare(request, live, call)
+            events = engine.submit(answer.request)
+            reason: EndReason = "cancelled"
+            try:
+                await call.send_request_id(live.request_id)
+                stop_sent = False
+                while answer.ended is None:
+                    responses = list(answer.take(await events.take()))
+                    self._follow(answer, live)
+                    if answer.has_stopped and not stop_sent:
+                        engine.finish(live.request_id, "stop")
+                        stop_sent = True
+                    for response in responses:
+                        yield response
+                reason = answer.reason
+                _require_good_end(reason, call)
+                yield answer.finished()
+            except EngineUnavailable:
+                reason = "error"
+                raise
+            finally:
+                if answer.ended is None:
+                    engine.finish(live.request_id, "cancelled")
+                serving.metrics.observe_finished(answer.account(reason))
+                _log_end(request, answer, reason)
+
+    async def _prepare(self, request: pb.GenerateRequest, live: LiveRequest, call: Call) -> Answer:
+        """Check the request, tokenize its prompt and resolve what it leaves unset."""
+        serving = self._serving
+        ready, tokenizer = serving.ready, serving.tokenizer
+        serving.require_model(request.model)
+        validation.check_request(request, ready)
+        options = AnswerOptions(
+            stop=tuple(request.stopping.stop),
+            include_stop=request.stopping.include_stop,
+            token_ids=request.response.token_ids,
+            echo=await asyncio.to_thread(validation.prompt_text, request, tokenizer)
+            if request.response.echo_prompt
+            else "",
+        )
+        prompt_ids = await _tokenize(request, tokenizer)
+        add = validation.add_request(
+            request, prompt_ids, ready, live.request_id, call, serving.config.default_max_tokens
+        )
+        return Answer(add, options, tokenizer, ready)
+
+    def _follow(self, answer: Answer, live: LiveRequest) -> None:
+        """Tell the admission how far the request has come."""
+        if answer.is_scheduled:
+            self._serving.note_scheduled(live, len(answer.request.prompt_ids))
+        if answer.ended is not None:
+            self._serving.note_ended(live)
+
+    def Compare(self, request: pb.CompareRequest, call: Call) -> AsyncGenerator[pb.CompareResponse]:  # noqa: N802
+        """Refuse: comparing is not part of this release."""
+        raise StatusError(grpc.StatusCode.UNIMPLEMENTED, "Compare is not part of this release")
+
+    async def CancelGeneration(  # noqa: N802
+        self, request: pb.CancelGenerationRequest, call: Call
+    ) -> pb.CancelGenerationResponse:
+        """Let one of the caller's generations end as cancelled."""
+        self._serving.cancel(request.request_id, call.caller)
+        return pb.CancelGenerationResponse()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:  # noqa: N802
+        """Turn a prompt into tokens, also while the engine loads."""
+        self._serving.require_model(request.model)
+        tokenizer = self._serving.tokenizer
+        token_ids = await _tokenize(request, tokenizer)
+        return pb.TokenizeResponse(token_ids=token_ids, tokens=map(tokenizer.token_bytes, token_ids))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:  # noqa: N802
+        """Turn tokens into text, also while the engine loads."""
+        self._serving.require_model(request.model)
+        tokenizer, ready = self._serving.tokenizer, self._serving.engine.ready
+        vocab_size = tokenizer.vocab_size if ready is None else ready.model.vocab_size
+        validation.check_ids("token_ids", request.token_ids, vocab_size)
+        text = await asyncio.to_thread(tokenizer.decode, request.token_ids, request.keep_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+    async def CountTokens(self, request: pb.CountTokensRequest, call: Call) -> pb.CountTokensResponse:  # noqa: N802
+        """Count the tokens of a prompt."""
+        self._serving.require_model(request.model)
+        context_length = self._serving.ready.model.context_length
+        token_ids = await _tokenize(request, self._serving.tokenizer)
+        return pb.CountTokensResponse(prompt_tokens=len(token_ids), context_length=context_length)
+
+
+async def _tokenize(request: validation.AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
+    """Check a prompt and tokenize it, off the event loop."""
+    validation.check_prompt(request)
+    return await asyncio.to_thread(validation.encode_prompt, request, tokenizer)
+
+
+def _require_good_end(reason: EndReason, call: Call) -> None:
+    """Raise unless the reason is one that a Finished can tell."""
+    if reason == "error":
+        raise StatusError(grpc.StatusCode.INTERNAL, "the request could not be computed")
+    if reason == "time_limit" and call.is_overdue:
+        raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed")
+
+
+def _log_end(request: pb.GenerateRequest, answer: Answer, reason: EndReason) -> None:
+    log.info(
+        "request ended: request_id=%s client_request_id=%s reason=%s prompt_tokens=%d completion_tokens=%d",
+        answer.request.request_id,
+        json.dumps(request.client_request_id),  # quoted, so that it cannot forge a line
+        reason,
+        len(answer.request.prompt_ids),
+        answer.completion_tokens,
+    )

@@ -1,0 +1,184 @@
+"""The one way that every call goes through, whatever its service: bytes in, bytes or a status out.
+
+gRPC hands over raw bytes and gets raw bytes back, so that nothing fails outside of the wrapper here:
+it checks the credential, parses, counts, and turns what an RPC raises into a status. An unexpected
+exception is logged and becomes INTERNAL with a fixed text. Knows no RPC in particular: which ones
+there are, it reads from the service's descriptor.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from hashlib import sha256
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from fusewire.service.auth import BearerTokens, Unauthenticated
+from fusewire.service.engine_client import EngineUnavailable
+from fusewire.service.metrics import MethodMetrics, RpcMetrics
+from fusewire.service.rpc.call import Call
+from fusewire.service.rpc.errors import StatusError, unavailable
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+OPEN_METHODS = frozenset({"grpc.health.v1.Health.Check"})
+"""What needs no credential: load balancers and orchestrators have none."""
+
+
+class Gate:
+    """Lets calls into one port.
+
+    Args:
+        tokens: the credentials that open it; None lets everyone in.
+    """
+
+    def __init__(self, tokens: BearerTokens | None) -> None:
+        self._tokens = tokens
+
+    def identify(self, context: grpc.aio.ServicerContext) -> str:
+        """Return the caller's name: a digest of its token, else of its TLS certificate, else "".
+
+        Raises:
+            Unauthenticated: if a token is needed and missing or unknown.
+        """
+        if self._tokens is not None:
+            metadata = dict(context.invocation_metadata() or ())
+            return self._tokens.identify(metadata.get("authorization"))
+        certificate = context.auth_context().get("x509_pem_cert")
+        return sha256(b"".join(certificate)).hexdigest() if certificate else ""
+
+
+def generic_handler(
+    service: ServiceDescriptor, implementation: object, gate: Gate, metrics: RpcMetrics, name: str = ""
+) -> grpc.GenericRpcHandler:
+    """Wrap every RPC of a service.
+
+    Args:
+        service: tells the RPCs, their messages and which of them stream.
+        implementation: has for each RPC a method of its name, which takes the request (an async
+            iterator of them, if the client streams) and the `Call` and returns the response (an
+            async iterator of them, if the server streams), or raises `StatusError`.
+        gate: whom to let in.
+        metrics: where to count.
+        name: to serve it under another name than the descriptor's.
+    """
+    name = name or service.full_name
+    handlers = {
+        method.name: _Endpoint(method, getattr(implementation, method.name), gate, metrics, name).handler()
+        for method in service.methods
+    }
+    return grpc.method_handlers_generic_handler(name, handlers)
+
+
+class _Endpoint:
+    """One RPC of one service."""
+
+    def __init__(
+        self,
+        method: MethodDescriptor,
+        answer: Callable[[Any, Call], Any],
+        gate: Gate,
+        metrics: RpcMetrics,
+        service: str,
+    ) -> None:
+        self._method = method
+        self._answer = answer
+        self._gate = None if method.full_name in OPEN_METHODS else gate
+        self._request_class = message_factory.GetMessageClass(method.input_type)
+        kinds = {(False, False): "unary", (False, True): "server_stream", (True, True): "bidi_stream"}
+        kind = kinds[method.client_streaming, method.server_streaming]
+        self._metrics: MethodMetrics = metrics.method(kind, service, method.name)
+
+    def handler(self) -> grpc.RpcMethodHandler:
+        """Return what gRPC calls, for this RPC's kind."""
+        if self._method.client_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._stream_stream)
+        if self._method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._unary_stream)
+        return grpc.unary_unary_rpc_method_handler(self._unary_unary)
+
+    async def _unary_unary(self, body: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def answer(call: Call) -> bytes:
+            response = await self._answer(self._parse(body), call)
+            self._metrics.sent.inc()
+            return response.SerializeToString()
+
+        return await self._run(answer, context)
+
+    async def _unary_stream(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
+        async def answer(call: Call) -> None:
+            await self._write_all(self._answer(self._parse(body), call), context)
+
+        await self._run(answer, context)
+
+    async def _stream_stream(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        async def answer(call: Call) -> None:
+            requests = (self._parse(body) async for body in bodies)
+            await self._write_all(self._answer(requests, call), context)
+
+        await self._run(answer, context)
+
+    async def _write_all(self, responses: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> None:
+        async with aclosing(responses) as open_responses:  # type: ignore[type-var]
+            async for response in open_responses:
+                await context.write(response.SerializeToString())
+                self._metrics.sent.inc()
+
+    def _parse(self, body: bytes) -> Message:
+        self._metrics.received.inc()
+        request = self._request_class()
+        try:
+            request.ParseFromString(body)
+        except DecodeError:
+            raise StatusError(
+                grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid protobuf message"
+            ) from None
+        return request
+
+    async def _run(
+        self, answer: Callable[[Call], Awaitable[Answer]], context: grpc.aio.ServicerContext
+    ) -> Answer:
+        """Answer a call, count it, and end it with a status if the answer fails."""
+        arrival = time.monotonic()
+        self._metrics.started.inc()
+        code = grpc.StatusCode.OK
+        try:
+            return await answer(self._open(context, arrival))
+        except asyncio.CancelledError:
+            overdue = context.time_remaining() == 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            failure = self._status_of(error)
+            code = failure.code
+            await context.abort(code, failure.message, failure.trailing_metadata())
+            raise  # not reached: abort raises
+        finally:
+            self._metrics.observe_handled(code.name, time.monotonic() - arrival)
+
+    def _open(self, context: grpc.aio.ServicerContext, arrival: float) -> Call:
+        remaining = context.time_remaining()
+        return Call(
+            arrival=arrival,
+            deadline=None if remaining is None else arrival + remaining,
+            caller=self._gate.identify(context) if self._gate is not None else "",
+            context=context,
+        )
+
+    def _status_of(self, error: Exception) -> StatusError:
+        match error:
+            case StatusError():
+                return error
+            case EngineUnavailable():
+                return unavailable(str(error))
+            case Unauthenticated():
+                return StatusError(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        log.error("%s failed", self._method.full_name, exc_info=error)
+        return StatusError(grpc.StatusCode.INTERNAL, "internal error")

@@ -1,0 +1,236 @@
+"""What the RPCs share and what changes under them: the engine, the tokenizer, who waits, the drain.
+
+Decides whether a request is admitted, and whether the server says SERVING. Knows no RPC and no
+generation's content.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.config import ServeConfig
+from fusewire.service.engine_client import EngineClient, EngineUnavailable
+from fusewire.service.messages import EngineReady, KernelModeReply, StepReport
+from fusewire.service.metrics import Metrics
+from fusewire.service.rpc.errors import StatusError, invalid_argument, resource_exhausted, unavailable
+from fusewire.service.rpc.health import Health
+from fusewire.service.rpc.validation import quote
+from fusewire.service.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+END_SECONDS = 5.0
+"""How long the engine may take to end requests that it was told to end."""
+
+
+class Load(NamedTuple):
+    """How busy the engine was at its last report."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+
+
+class DrainResult(NamedTuple):
+    """How many of the requests that lived when a drain began ended in which way."""
+
+    finished: int
+    ended: int
+
+
+class LiveRequest(NamedTuple):
+    """A generation between its admission and its end."""
+
+    request_id: str
+    caller: str
+    arrival: float
+
+
+class Serving:
+    """The state behind the RPCs of one server.
+
+    Args:
+        config: the server's options.
+        model_name: the name that requests use.
+        socket_path: where the engine listens.
+        services: the names that the health service answers for.
+        on_engine: called with the engine's description when it becomes usable and None when it goes.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model_name: str,
+        socket_path: Path,
+        services: Iterable[str],
+        on_engine: Callable[[EngineReady | None], None] = lambda ready: None,
+    ) -> None:
+        self.config = config
+        self.model_name = model_name
+        self.engine = EngineClient(socket_path, self._take_report, self._take_state)
+        self.health = Health(services)
+        self.metrics = Metrics(model_name, self._oldest_waiting)
+        self.load = Load()
+        self.draining = False
+        self.started = time.monotonic()
+        self._on_engine = on_engine
+        self._tokenizer: Tokenizer | None = None
+        self._chosen_mode: KernelMode | None = None
+        self._waiting: dict[str, LiveRequest] = {}
+        self._running: dict[str, LiveRequest] = {}
+        self._fewer = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+
+    # ---- what is there ----
+
+    @property
+    def ready(self) -> EngineReady:
+        """The engine's description; raises UNAVAILABLE while it loads or restarts."""
+        if self.engine.ready is None:
+            raise unavailable("the engine is loading or restarting")
+        return self.engine.ready
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises UNAVAILABLE while it loads."""
+        if self._tokenizer is None:
+            raise unavailable("the tokenizer is loading")
+        return self._tokenizer
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take in the tokenizer, once it is loaded."""
+        self._tokenizer = tokenizer
+        self._show_health()
+
+    def require_model(self, name: str) -> None:
+        """Raise INVALID_ARGUMENT unless a request's `model` is empty or the one served."""
+        if name not in ("", self.model_name):
+            raise invalid_argument("model", f"{quote(name)} is not served here; {self.model_name!r} is")
+
+    def _show_health(self) -> None:
+        ready = self.engine.ready is not None and self._tokenizer is not None
+        self.health.set_serving(ready and not self.draining)
+
+    # ---- requests come and go ----
+
+    @contextmanager
+    def admitted(self, caller: str, arrival: float) -> Iterator[LiveRequest]:
+        """Admit a request for the length of a `with` block.
+
+        Raises:
+            StatusError: UNAVAILABLE while the server drains or the engine is not there,
+                RESOURCE_EXHAUSTED if as many requests wait as may.
+        """
+        self._require_room()
+        request = LiveRequest(secrets.token_hex(16), caller, arrival)
+        self._waiting[request.request_id] = request
+        try:
+            yield request
+        finally:
+            self.note_ended(request)
+
+    def _require_room(self) -> None:
+        if self.draining:
+            self.metrics.observe_rejected("draining")
+            raise unavailable("the server is draining")
+        if self.engine.ready is None:
+            self.metrics.observe_rejected("engine_unavailable")
+        if len(self._waiting) >= self.config.max_waiting + self._free_places(self.ready.max_running):
+            self.metrics.observe_rejected("queue_full")
+            raise resource_exhausted(f"{len(self._waiting)} requests wait already")
+
+    def _free_places(self, max_running: int) -> int:
+        """How many of those that wait will run at the next step; none if the last step left some."""
+        return 0 if self.load.waiting else max(max_running - len(self._running), 0)
+
+    def note_scheduled(self, request: LiveRequest, prompt_tokens: int) -> None:
+        """Take in that a request waits no longer; a second time changes nothing."""
+        if self._waiting.pop(request.request_id, None) is not None:
+            self._running[request.request_id] = request
+            self.metrics.observe_scheduled(prompt_tokens)
+
+    def note_ended(self, request: LiveRequest) -> None:
+        """Take in that a request has ended; a second time changes nothing."""
+        self._waiting.pop(request.request_id, None)
+        self._running.pop(request.request_id, None)
+        self._fewer.set()
+
+    def cancel(self, request_id: str, caller: str) -> None:
+        """End a request of this caller; raises NOT_FOUND if it has none of that id."""
+        request = self._waiting.get(request_id) or self._running.get(request_id)
+        if request is None or request.caller != caller:
+            raise StatusError(grpc.StatusCode.NOT_FOUND, "request_id: no such request is running")
+        self.engine.finish(request_id, "cancelled")
+
+    def _oldest_waiting(self) -> float | None:
+        return min((request.arrival for request in list(self._waiting.values())), default=None)
+
+    # ---- what the engine says ----
+
+    def _take_report(self, report: StepReport) -> None:
+        self.load = Load(report.running, report.waiting, report.kv_usage)
+        self.metrics.observe_step(report)
+
+    def _take_state(self, ready: EngineReady | None) -> None:
+        self.load = Load()
+        self.metrics.observe_engine(ready)
+        self._show_health()
+        self._on_engine(ready)
+        if ready is not None and self._chosen_mode not in (None, ready.kernel_mode):  # the engine is new
+            task = asyncio.create_task(self._choose_again())
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    # ---- the kernel mode ----
+
+    async def choose_mode(self, mode: KernelMode, expected_generation: int | None) -> KernelModeReply:
+        """Ask the engine to change the default path; remember it beyond a restart of the engine.
+
+        Raises:
+            EngineUnavailable: if there is no engine to ask.
+        """
+        reply = await self.engine.set_kernel_mode(mode, expected_generation)
+        if not reply.refusal:
+            self._chosen_mode = reply.current
+            self.metrics.observe_switch(reply.current, reply.generation)
+        return reply
+
+    async def _choose_again(self) -> None:
+        """Give a restarted engine the mode that an operator chose while an earlier one ran."""
+        try:
+            await self.choose_mode(self._chosen_mode or self.engine.kernel_mode, None)
+        except EngineUnavailable:
+            log.warning("the engine went before it took the kernel mode; it gets it when it is back")
+
+    # ---- the way down ----
+
+    async def drain(self, seconds: float) -> DrainResult:
+        """Refuse new requests and wait for the running ones; end those that take longer than that."""
+        self.draining = True
+        self._show_health()
+        before = self._live()
+        await self._wait_until_idle(seconds)
+        left = self._live()
+        if left:
+            log.warning("ending %d requests that still run after %g s", left, seconds)
+            self.engine.end_all("time_limit")
+            await self._wait_until_idle(END_SECONDS)
+        return DrainResult(finished=before - left, ended=left)
+
+    def _live(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    async def _wait_until_idle(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._live():
+                    self._fewer.clear()
+                    await self._fewer.wait()

@@ -1,0 +1,293 @@
+"""What a request may hold, checked field by field, and what its unset fields mean.
+
+Turns a `GenerateRequest` into an `AddRequest`; the limits are those that the proto's comments state.
+Knows neither the engine's state nor who asks: admission is `fusewire.service.rpc.serving`.
+"""
+
+import math
+import secrets
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.model.sampling_params import SamplingParams
+from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
+from fusewire.service.rpc.call import Call
+from fusewire.service.rpc.errors import failed_precondition, invalid_argument
+from fusewire.service.tokenizer import ChatTemplateError, Tokenizer
+from fusewire.v1 import generation_pb2 as pb
+from fusewire.v1 import kernel_pb2
+
+ROLES = ("system", "user", "assistant")
+MAX_CLIENT_ID_CHARACTERS = 256
+MAX_SALT_CHARACTERS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+SHOWN_CHARACTERS = 40
+"""How much of a bad string an error repeats."""
+
+MODES = {
+    kernel_pb2.KERNEL_MODE_UNFUSED: KernelMode.UNFUSED,
+    kernel_pb2.KERNEL_MODE_FUSED_NORM: KernelMode.FUSED_NORM,
+    kernel_pb2.KERNEL_MODE_FUSED: KernelMode.FUSED,
+}
+WIRE_MODES = {mode: wire for wire, mode in MODES.items()}
+
+AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensRequest
+
+
+# ---- the prompt ----
+
+
+def check_prompt(request: AnyPromptRequest) -> None:
+    """Raise unless exactly one kind of prompt is set and its turns have known roles.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT.
+    """
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        kinds = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
+        raise invalid_argument("prompt", f"one of {', '.join(kinds)} must be set")
+    if kind == "chat":
+        if not request.chat.messages:
+            raise invalid_argument("chat.messages", "must hold at least one message")
+        for index, message in enumerate(request.chat.messages):
+            if message.role not in ROLES:
+                raise invalid_argument(
+                    f"chat.messages[{index}].role",
+                    f"must be one of {', '.join(ROLES)}, got {quote(message.role)}",
+                )
+
+
+def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
+    """Tokenize a checked prompt, or take its ids as they are. Slow for long text.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT if the model's chat template refuses the turns.
+    """
+    match request.WhichOneof("prompt"):
+        case "chat":
+            try:
+                return tokenizer.encode_chat(_turns(request))
+            except ChatTemplateError as error:
+                raise invalid_argument("chat", str(error)) from None
+        case "text":
+            return tokenizer.encode(request.text)
+    assert isinstance(request, pb.GenerateRequest)
+    return list(request.token_ids.ids)
+
+
+def prompt_text(request: pb.GenerateRequest, tokenizer: Tokenizer) -> str:
+    """The text of a prompt as the model reads it, special tokens spelled out."""
+    match request.WhichOneof("prompt"):
+        case "chat":
+            return tokenizer.render_chat(_turns(request))
+        case "text":
+            return request.text
+    return tokenizer.decode(request.token_ids.ids, keep_special=True)
+
+
+def _turns(request: AnyPromptRequest) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in request.chat.messages]
+
+
+def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raise INVALID_ARGUMENT unless every id, an element of `field`, is below the vocabulary's size."""
+    for index, token_id in enumerate(ids):
+        if token_id >= vocab_size:
+            raise invalid_argument(
+                f"{field}[{index}]", f"must be below the vocabulary size {vocab_size}, got {token_id}"
+            )
+
+
+# ---- the request around it ----
+
+
+def check_request(request: pb.GenerateRequest, ready: EngineReady) -> None:
+    """Check everything but the prompt's length, which only its tokens tell.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a kernel mode that is not served.
+    """
+    _at_most("client_request_id", len(request.client_request_id), MAX_CLIENT_ID_CHARACTERS, "characters")
+    check_prompt(request)
+    check_ids("token_ids.ids", request.token_ids.ids, ready.model.vocab_size)
+    _check_sampling(request.sampling, ready.model.vocab_size)
+    _check_stopping(request.stopping, ready.model.vocab_size)
+    if request.response.HasField("logprobs"):
+        _within("response.logprobs", request.response.logprobs, 1, MAX_LOGPROBS)
+    kernel_mode(request.kernel_mode, "kernel_mode", ready)
+    _at_most("cache.salt", len(request.cache.salt), MAX_SALT_CHARACTERS, "characters")
+    _within("priority", request.priority, -100, 100)
+
+
+def kernel_mode(wire: int, field: str, ready: EngineReady) -> KernelMode | None:
+    """Translate a kernel mode; None if it is unspecified.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT for a number that is no mode, FAILED_PRECONDITION for a mode
+            that the engine was not started with.
+    """
+    if wire == kernel_pb2.KERNEL_MODE_UNSPECIFIED:
+        return None
+    mode = MODES.get(wire)  # type: ignore[call-overload]
+    if mode is None:
+        raise invalid_argument(field, f"{wire} is no kernel mode")
+    if mode not in ready.kernel_backends:
+        raise failed_precondition(field, f"{mode} is not among {', '.join(ready.kernel_backends)}")
+    return mode
+
+
+def _check_sampling(sampling: pb.SamplingParams, vocab_size: int) -> None:
+    for name, low, high in (
+        ("temperature", 0, 100),
+        ("min_p", 0, 1),
+        ("presence_penalty", -2, 2),
+        ("frequency_penalty", -2, 2),
+    ):
+        _within(f"sampling.{name}", getattr(sampling, name), low, high)
+    for name, high in (("top_p", 1), ("repetition_penalty", 10)):
+        if sampling.HasField(name):
+            _above_zero(f"sampling.{name}", getattr(sampling, name), high)
+    _at_most("sampling.logit_bias", len(sampling.logit_bias), MAX_BIASES, "entries")
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id >= vocab_size:
+            raise invalid_argument(
+                "sampling.logit_bias", f"ids must be below the vocabulary size {vocab_size}, got {token_id}"
+            )
+        _within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+
+
+def _check_stopping(stopping: pb.StoppingCriteria, vocab_size: int) -> None:
+    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
+        raise invalid_argument("stopping.max_tokens", "must be at least 1, got 0")
+    _at_most("stopping.stop", len(stopping.stop), MAX_STOP_STRINGS, "strings")
+    for index, text in enumerate(stopping.stop):
+        _within(f"stopping.stop[{index}]", len(text), 1, MAX_STOP_CHARACTERS, " characters")
+    _at_most("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_IDS, "ids")
+    check_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocab_size)
+    if stopping.HasField("time_limit_seconds"):
+        _above_zero("stopping.time_limit_seconds", stopping.time_limit_seconds, math.inf)
+
+
+# ---- what it asks of the engine ----
+
+
+def add_request(
+    request: pb.GenerateRequest,
+    prompt_ids: list[int],
+    ready: EngineReady,
+    request_id: str,
+    call: Call,
+    default_max_tokens: int,
+) -> AddRequest:
+    """Put a checked request and its tokens into the engine's words, with every unset field resolved.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT if prompt and answer do not fit the context.
+    """
+    stopping = request.stopping
+    max_tokens, end_reason_at_max = _max_tokens(request, len(prompt_ids), ready, default_max_tokens)
+    if stopping.min_tokens > max_tokens:
+        raise invalid_argument(
+            "stopping.min_tokens", f"must be at most max_tokens {max_tokens}, got {stopping.min_tokens}"
+        )
+    return AddRequest(
+        request_id=request_id,
+        prompt_ids=prompt_ids,
+        sampling=_sampling(request, ready.model),
+        max_tokens=max_tokens,
+        end_reason_at_max=end_reason_at_max,
+        arrival=call.arrival,
+        eos_ids=[] if stopping.ignore_eos else ready.model.eos_ids,
+        stop_ids=list(stopping.stop_token_ids),
+        min_tokens=stopping.min_tokens,
+        kernel_mode=kernel_mode(request.kernel_mode, "kernel_mode", ready),
+        priority=request.priority,
+        deadline=_deadline(stopping, call),
+        cache_salt=request.cache.salt,
+    )
+
+
+def _max_tokens(
+    request: pb.GenerateRequest, prompt_tokens: int, ready: EngineReady, default: int
+) -> tuple[int, Literal["length", "context"]]:
+    """The most tokens to generate, and what reaching that number means."""
+    prompt = request.WhichOneof("prompt") or "prompt"
+    if prompt_tokens == 0:
+        raise invalid_argument(prompt, "must hold at least one token")
+    context = ready.model.context_length
+    room = context - prompt_tokens
+    if room < 1:
+        raise invalid_argument(
+            prompt, f"holds {prompt_tokens} tokens, which leaves no room in the context of {context}"
+        )
+    if not request.stopping.HasField("max_tokens"):
+        return (room, "context") if room < default else (default, "length")
+    if request.stopping.max_tokens > room:
+        raise invalid_argument(
+            "stopping.max_tokens",
+            f"must be at most {room}, for the prompt holds {prompt_tokens} tokens and the context {context}, "
+            f"got {request.stopping.max_tokens}",
+        )
+    return request.stopping.max_tokens, "length"
+
+
+def _sampling(request: pb.GenerateRequest, model: ModelInfo) -> SamplingParams:
+    """Fill the knobs: the request's, else the model's generation_config, else the one without effect."""
+    given, defaults = request.sampling, model.defaults
+
+    def knob(name: str, neutral: float) -> Any:
+        if given.HasField(name):
+            return getattr(given, name)
+        default = getattr(defaults, name)
+        return neutral if default is None else default
+
+    return SamplingParams(
+        temperature=knob("temperature", 0.0),
+        top_k=min(knob("top_k", 0), model.vocab_size),
+        top_p=knob("top_p", 1.0),
+        min_p=knob("min_p", 0.0),
+        seed=given.seed if given.HasField("seed") else secrets.randbits(64),
+        repetition_penalty=knob("repetition_penalty", 1.0),
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        logit_bias=dict(given.logit_bias),
+        logprobs=request.response.logprobs,
+    )
+
+
+def _deadline(stopping: pb.StoppingCriteria, call: Call) -> float | None:
+    """When the engine is to end the request: the call's deadline or its time limit, what comes first."""
+    limits = [] if call.deadline is None else [call.deadline]
+    if stopping.HasField("time_limit_seconds"):
+        limits.append(call.arrival + stopping.time_limit_seconds)
+    return min(limits, default=None)
+
+
+# ---- one value ----
+
+
+def _within(field: str, value: float, low: float, high: float, unit: str = "") -> None:
+    if not low <= value <= high:  # also refuses what is not a number
+        raise invalid_argument(field, f"must be {low:g} to {high:g}{unit}, got {value:g}")
+
+
+def _above_zero(field: str, value: float, high: float) -> None:
+    if not 0 < value <= high or math.isinf(value):
+        limit = "finite" if math.isinf(high) else f"at most {high:g}"
+        raise invalid_argument(field, f"must be above 0 and {limit}, got {value:g}")
+
+
+def _at_most(field: str, count: int, most: int, unit: str) -> None:
+    if count > most:
+        raise invalid_argument(field, f"must hold at most {most} {unit}, got {count}")
+
+
+def quote(text: str) -> str:
+    """A client's text as an error may repeat it: quoted and cut."""
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")

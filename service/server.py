@@ -1,0 +1,196 @@
+"""The server: front end, metrics endpoint, engine process, and their common start and end.
+
+Listens first and loads behind that: the model's files, the tokenizer and the engine. A signal drains
+it; a model that cannot be served ends it. Imports no torch: that is the engine process's.
+"""
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import uvloop
+from prometheus_client import start_http_server
+
+from fusewire.service.auth import CredentialError
+from fusewire.service.config import ServeConfig
+from fusewire.service.messages import EngineReady
+from fusewire.service.model_source import ModelError, find_folder, public_name
+from fusewire.service.rpc.front_end import SERVICE_NAMES, FrontEnd, ListenError
+from fusewire.service.rpc.serving import Serving
+from fusewire.service.supervisor import EngineSupervisor
+from fusewire.service.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
+
+MAX_STARTS = 3
+"""An engine that ends so many times without having been ready is given up."""
+FLUSH_SECONDS = 2.0
+"""What calls get to send their last messages, once every generation has ended."""
+
+
+class StartError(RuntimeError):
+    """The server cannot start; the message is for the operator."""
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal comes or serving is of no use; returns the exit status, 0 or 1."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    return uvloop.run(_serve(config))
+
+
+async def _serve(config: ServeConfig) -> int:
+    server = Server(config)
+    try:
+        await server.start()
+    except StartError as error:
+        log.error("%s", error)
+        return 1
+    return await server.serve_until_stopped()
+
+
+class Server:
+    """One server, made once and stopped once.
+
+    After `start`, `port`, `admin_port` and `metrics_port` are the real ones.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.port = config.port
+        self.admin_port = config.admin_port
+        self.metrics_port = config.metrics_port
+        self._config = config
+        self._stopping = asyncio.Event()
+        self._failure: str | None = None
+        self._starts_failed = 0
+        self._supervisor: EngineSupervisor | None = None
+
+    async def start(self) -> None:
+        """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
+
+        Raises:
+            StartError: if a port is taken or a credential's file cannot be used.
+        """
+        config = self._config
+        self._folder = TemporaryDirectory(prefix="fusewire-")  # private, 0700: the engine's socket is in it
+        self._socket_path = Path(self._folder.name) / "engine.sock"
+        self.serving = Serving(
+            config, public_name(config), self._socket_path, SERVICE_NAMES, on_engine=self._follow_engine
+        )
+        self._front_end = FrontEnd(config, self.serving)
+        try:
+            await self._front_end.start()
+            self._scrapes, self._scrape_thread = start_http_server(
+                config.metrics_port, config.metrics_host, self.serving.metrics.registry
+            )
+        except (ListenError, CredentialError) as error:
+            await self._abandon()
+            raise StartError(str(error)) from error
+        except OSError as error:
+            await self._abandon()
+            address = f"{config.metrics_host}:{config.metrics_port}"
+            raise StartError(f"cannot listen on {address}: {error.strerror}") from error
+        self.port, self.admin_port = self._front_end.port, self._front_end.admin_port
+        self.metrics_port = self._scrapes.server_port
+        log.info(
+            "listening: public=%s:%d admin=%s:%d metrics=%s:%d",
+            config.host,
+            self.port,
+            config.admin_host,
+            self.admin_port,
+            config.metrics_host,
+            self.metrics_port,
+        )
+        await self.serving.engine.start()
+        self._loading = asyncio.create_task(self._load(), name="load")
+
+    async def _abandon(self) -> None:
+        """Undo what a failed start has done."""
+        await self._front_end.stop(0)
+        self._folder.cleanup()
+
+    # ---- loading ----
+
+    async def _load(self) -> None:
+        """Find the model's files, then load tokenizer and engine side by side."""
+        try:
+            folder = await find_folder(self._config.model)
+            self._supervisor = EngineSupervisor(
+                self._config.engine(str(folder)), self._socket_path, self._count_exit, self._fail
+            )
+            await self._supervisor.start()
+            self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
+        except (ModelError, TokenizerError) as error:
+            self._fail(str(error))
+        except Exception:
+            log.exception("loading failed")
+            self._fail("the model cannot be loaded; the reason is above")
+
+    def _follow_engine(self, ready: EngineReady | None) -> None:
+        if ready is None and self._stopping.is_set():
+            return
+        if ready is None:
+            log.warning("the engine is gone; requests are refused until it is back")
+            return
+        self._starts_failed = 0
+        log.info(
+            "ready: model=%s device=%r kernel_mode=%s",
+            self.serving.model_name,
+            ready.device,
+            ready.kernel_mode,
+        )
+
+    def _count_exit(self, code: int) -> None:
+        self.serving.metrics.observe_restart()
+        self._starts_failed += 1
+        if self._starts_failed >= MAX_STARTS and self.serving.engine.ready is None:
+            self._fail(f"the engine has ended {self._starts_failed} times before it was ready")
+
+    def _fail(self, reason: str) -> None:
+        """End the server: no waiting can mend this."""
+        self._failure = reason
+        self._stopping.set()
+
+    # ---- the end ----
+
+    async def serve_until_stopped(self) -> int:
+        """Serve until SIGTERM, SIGINT or a failure, stop, and return the exit status.
+
+        A second signal ends the requests that the drain still waits for.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._handle_signal, number)
+        await self._stopping.wait()
+        if self._failure is not None:
+            log.error("%s", self._failure)
+        await self.stop(self._config.drain_seconds)
+        return 0 if self._failure is None else 1
+
+    def _handle_signal(self, number: int) -> None:
+        if self._stopping.is_set():
+            self.serving.engine.end_all("time_limit")
+            return
+        log.info("draining: %s, for at most %g s", signal.Signals(number).name, self._config.drain_seconds)
+        self._stopping.set()
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuse new requests, let the running ones finish within the time, and stop everything."""
+        await self.serving.drain(drain_seconds)
+        self._loading.cancel()
+        await asyncio.gather(self._loading, return_exceptions=True)
+        await self._front_end.stop(FLUSH_SECONDS)
+        await self.serving.engine.stop()
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+        await asyncio.to_thread(self._stop_scrapes)
+        self._folder.cleanup()
+        log.info("stopped")
+
+    def _stop_scrapes(self) -> None:
+        self._scrapes.shutdown()
+        self._scrapes.server_close()
+        self._scrape_thread.join()

@@ -1,0 +1,137 @@
+"""The operator's calls: the kernel mode and the drain."""
+
+import asyncio
+import logging
+import math
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fusewire.v1 import admin_pb2 as pb
+from fusewire.v1 import generation_pb2
+from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED, KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED, TrafficShare
+from tests.tools.front_end_rig import Rig, rig, until
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def run(tmp_path: Path, body) -> None:
+    async def with_rig() -> None:
+        async with rig(tmp_path) as server:
+            await body(server)
+
+    asyncio.run(with_rig())
+
+
+def set_mode(server: Rig, **fields):
+    return server.admin.SetKernelMode(pb.SetKernelModeRequest(**fields), timeout=5)
+
+
+async def mode(server: Rig) -> pb.GetKernelModeResponse:
+    return await server.admin.GetKernelMode(pb.GetKernelModeRequest(), timeout=5)
+
+
+def sample(server: Rig, name: str, **labels: str) -> float | None:
+    return server.serving.metrics.registry.get_sample_value(f"fusewire_kernel_mode_{name}", labels)
+
+
+def test_the_mode_changes_with_its_generation_log_line_and_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(server: Rig) -> None:
+        before = await mode(server)
+        assert (before.mode, before.generation, before.backend) == (KERNEL_MODE_FUSED, 1, "fake-fused")
+        assert list(before.available) == [KERNEL_MODE_UNFUSED, KERNEL_MODE_FUSED]
+        assert sample(server, "info", kernel_mode="fused", backend="fake-fused") == 1
+        changed = await set_mode(server, mode=KERNEL_MODE_UNFUSED, expected_generation=1)
+        assert (changed.previous, changed.current) == (KERNEL_MODE_FUSED, KERNEL_MODE_UNFUSED)
+        assert changed.generation == 2
+        after = await mode(server)
+        assert (after.mode, after.generation, after.backend) == (KERNEL_MODE_UNFUSED, 2, "torch-cpu")
+        assert sample(server, "info", kernel_mode="fused", backend="fake-fused") == 0
+        assert sample(server, "info", kernel_mode="unfused", backend="torch-cpu") == 1
+        assert sample(server, "generation") == 2
+        assert sample(server, "switches_total") == 1
+        assert sample(server, "last_switch_timestamp_seconds") > 0
+
+    with caplog.at_level(logging.INFO, "fusewire.service.rpc.admin"):
+        run(tmp_path, body)
+    assert "kernel mode set: previous=fused current=unfused generation=2 applied_at_step=" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "field"),
+    [
+        ({}, "INVALID_ARGUMENT", "mode"),
+        ({"mode": 7}, "INVALID_ARGUMENT", "mode"),
+        ({"mode": KERNEL_MODE_FUSED_NORM}, "FAILED_PRECONDITION", "mode"),
+        ({"mode": KERNEL_MODE_UNFUSED, "expected_generation": 2}, "ABORTED", "expected_generation"),
+        (
+            {"mode": KERNEL_MODE_UNFUSED, "split": [TrafficShare(mode=KERNEL_MODE_FUSED, percent=100)]},
+            "UNIMPLEMENTED",
+            "split",
+        ),
+    ],
+)
+def test_a_change_that_cannot_be_made_changes_nothing(tmp_path: Path, fields, code: str, field: str) -> None:
+    async def body(server: Rig) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await set_mode(server, **fields)
+        assert refused.value.code().name == code
+        assert refused.value.details().startswith(f"{field}: ")
+        assert ((await mode(server)).mode, (await mode(server)).generation) == (KERNEL_MODE_FUSED, 1)
+        assert sample(server, "switches_total") == 0
+
+    run(tmp_path, body)
+
+
+def test_a_restarted_engine_gets_the_mode_that_the_operator_chose(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        await set_mode(server, mode=KERNEL_MODE_UNFUSED)
+        await server.kill_engine()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await mode(server)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        await server.start_engine()
+        await until(lambda: server.serving.engine.kernel_mode == "unfused")
+        assert (await mode(server)).mode == KERNEL_MODE_UNFUSED
+
+    run(tmp_path, body)
+
+
+def test_a_drain_answers_when_nothing_runs_and_the_server_stays_up(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        server.runner.pause = 0.005
+        health = health_pb2_grpc.HealthStub(server.channel)
+        short = generation_pb2.GenerateRequest(text="a")
+        short.stopping.max_tokens = 10
+        long = generation_pb2.GenerateRequest(text="b")
+        long.stopping.max_tokens = 200
+        calls = [server.generation.Generate(request, timeout=20) for request in (short, long)]
+        await until(lambda: server.serving.load.running == 2)
+        result = await server.admin.Drain(pb.DrainRequest(timeout_seconds=0.3), timeout=10)
+        assert (result.finished_requests, result.ended_requests) == (1, 1)
+        reasons = [(await call).reason for call in calls]
+        assert reasons == [generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_TIME_LIMIT]
+        status = await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert status.status == NOT_SERVING
+        assert (await mode(server)).mode == KERNEL_MODE_FUSED
+        again = await server.admin.Drain(pb.DrainRequest(), timeout=10)
+        assert (again.finished_requests, again.ended_requests) == (0, 0)
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("seconds", [-1, math.inf, math.nan])
+def test_a_drain_needs_a_sensible_time(tmp_path: Path, seconds: float) -> None:
+    async def body(server: Rig) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.admin.Drain(pb.DrainRequest(timeout_seconds=seconds), timeout=5)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details().startswith("timeout_seconds: ")
+        assert not server.serving.draining
+
+    run(tmp_path, body)

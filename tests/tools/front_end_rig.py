@@ -1,0 +1,195 @@
+"""A front end on loopback ports, over the real step loop with a runner that follows a script.
+
+Everything between a client's channel and the model is real: gRPC, the unix socket, the scheduler and
+the block pool. Only the tokens are made up, so that a test can say exactly what is generated.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import cache
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.model import demo
+from fusewire.model.batch import Row, Sampled
+from fusewire.service.config import ServeConfig
+from fusewire.service.engine.block_pool import BlockPool
+from fusewire.service.engine.channel import Channel, Inbox
+from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.scheduler import Scheduler
+from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo
+from fusewire.service.rpc.front_end import SERVICE_NAMES, FrontEnd
+from fusewire.service.rpc.serving import Serving
+from fusewire.service.tokenizer import Tokenizer
+from fusewire.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+
+MODEL_NAME = "scripted"
+CONTEXT = 256
+VOCAB = 4096
+EOS = 4095
+MAX_RUNNING = 4
+BACKENDS = {KernelMode.UNFUSED: "torch-cpu", KernelMode.FUSED: "fake-fused"}
+
+
+@cache
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.load(demo.path())
+
+
+class ScriptedRunner:
+    """Answers a prompt with the tokens of its script, else with 1000, 1001, …
+
+    While `gate` is clear, a step waits; `pause` slows every step down.
+    """
+
+    def __init__(self) -> None:
+        self.scripts: dict[tuple[int, ...], list[int]] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.pause = 0.0
+
+    def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
+        assert self.gate.wait(30), "the test never opened the gate"
+        threading.Event().wait(self.pause)
+        return [self._sample(row) for row in rows]
+
+    def _sample(self, row: Row) -> Sampled | None:
+        if row.sample is None:
+            return None
+        position = len(row.sample.output_ids)
+        script = self.scripts.get(tuple(row.sample.prompt_ids), [])
+        token = script[position] if position < len(script) else 1000 + position
+        if not row.sample.params.logprobs:
+            return Sampled(token)
+        return Sampled(token, -0.5, tuple((token + i, -0.5 - i) for i in range(row.sample.params.logprobs)))
+
+
+def describe(defaults: GenerationDefaults = GenerationDefaults()) -> EngineReady:
+    """What the scripted engine says of itself."""
+    model = ModelInfo(
+        architecture="Scripted",
+        context_length=CONTEXT,
+        vocab_size=VOCAB,
+        parameters=7,
+        layers=2,
+        query_heads=4,
+        kv_heads=2,
+        head_dim=8,
+        dtype="float32",
+        eos_ids=[EOS],
+        defaults=defaults,
+    )
+    return EngineReady(
+        model=model,
+        device="no device",
+        attention_backend="none",
+        kernel_backends=BACKENDS,
+        kernel_mode=KernelMode.FUSED,
+        generation=1,
+        kv_blocks=256,
+        block_size=4,
+        max_running=MAX_RUNNING,
+        max_step_tokens=64,
+    )
+
+
+class LocalEngine:
+    """The engine's step loop in a thread of this process."""
+
+    def __init__(self, socket_path: Path, defaults: GenerationDefaults = GenerationDefaults()) -> None:
+        ready = describe(defaults)
+        self.runner = ScriptedRunner()
+        self.pool = BlockPool(ready.kv_blocks, ready.block_size)
+        scheduler = Scheduler(self.pool, ready.max_running, ready.max_step_tokens, ready.kernel_mode)
+        inbox: Inbox = SimpleQueue()
+        self._engine = Engine(self.runner, scheduler, ready, inbox)
+        self._channel = Channel(socket_path, inbox)
+        self._thread = threading.Thread(target=self._engine.serve)
+
+    def start(self) -> None:
+        self._channel.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.runner.gate.set()
+        self._channel.stop()
+        self._engine.stop()
+        self._thread.join()
+
+
+class Rig:
+    """A front end under test, its engine and a client's channel to each port."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.socket_path = folder / "engine.sock"
+        self.config = ServeConfig(port=0, admin_port=0, metrics_port=0, **config)
+        self.serving = Serving(self.config, MODEL_NAME, self.socket_path, SERVICE_NAMES)
+        self.front_end = FrontEnd(self.config, self.serving)
+        self.engine: LocalEngine | None = None
+
+    @property
+    def runner(self) -> ScriptedRunner:
+        assert self.engine is not None
+        return self.engine.runner
+
+    async def start(self) -> None:
+        await self.front_end.start()
+        await self.serving.engine.start()
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.front_end.port}")
+        self.admin_channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.front_end.admin_port}")
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.model = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
+
+    async def start_engine(self, defaults: GenerationDefaults = GenerationDefaults()) -> None:
+        """Start an engine, in place of one that was killed, and wait until it is ready."""
+        self.engine = LocalEngine(self.socket_path, defaults)
+        self.engine.start()
+        await until(lambda: self.serving.engine.ready is not None)
+
+    async def kill_engine(self) -> None:
+        assert self.engine is not None
+        await asyncio.to_thread(self.engine.stop)
+        self.engine = None
+
+    async def stop(self) -> None:
+        await self.channel.close()
+        await self.admin_channel.close()
+        await self.front_end.stop(0)
+        await self.serving.engine.stop()
+        if self.engine is not None:
+            await self.kill_engine()
+
+    def script(self, prompt: str, answer: str, *tail: int) -> None:
+        """Let the prompt be answered with the tokens of a text, and then with some more."""
+        tokenizer = demo_tokenizer()
+        self.runner.scripts[tuple(tokenizer.encode(prompt))] = [*tokenizer.encode(answer), *tail]
+
+
+@asynccontextmanager
+async def rig(
+    folder: Path, loaded: bool = True, defaults: GenerationDefaults = GenerationDefaults(), **config: Any
+) -> AsyncIterator[Rig]:
+    """A running `Rig`, unless told otherwise with its tokenizer loaded and its engine ready."""
+    running = Rig(folder, **config)
+    await running.start()
+    try:
+        if loaded:
+            running.serving.set_tokenizer(demo_tokenizer())
+            await running.start_engine(defaults)
+        yield running
+    finally:
+        await running.stop()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that happens soon."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)

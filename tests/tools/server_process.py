@@ -1,0 +1,112 @@
+"""A real Fusewire server in a process of its own, for tests that go over the wire.
+
+Ports are picked free, output is kept, and nothing is left running.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from fusewire.v1 import (
+    admin_pb2_grpc,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+START_SECONDS = 120
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class ServerProcess:
+    """`fusewire serve` on free loopback ports; a context manager that waits until it serves."""
+
+    def __init__(self, log: Path, *options: str, wait: bool = True) -> None:
+        self.port, self.admin_port, self.metrics_port = free_port(), free_port(), free_port()
+        self.log = log
+        self._wait = wait
+        self._options = options
+
+    def __enter__(self) -> Self:
+        ports = {"port": self.port, "admin-port": self.admin_port, "metrics-port": self.metrics_port}
+        arguments = [text for name, port in ports.items() for text in (f"--{name}", str(port))]
+        self._output = self.log.open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fusewire.service.cli", "serve", *arguments, *self._options],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if not name.startswith("FUSEWIRE_")},
+        )
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.admin_channel = grpc.insecure_channel(f"127.0.0.1:{self.admin_port}")
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.model = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
+        self._health = health_pb2_grpc.HealthStub(self.channel)
+        if self._wait:
+            try:
+                self.wait_until_serving()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.channel.close()
+        self.admin_channel.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._output.close()
+
+    def is_serving(self, service: str = "") -> bool:
+        """Whether the health service says SERVING."""
+        try:
+            reply = self._health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        except grpc.RpcError:
+            return False
+        return reply.status == SERVING
+
+    def wait_until_serving(self, seconds: float = START_SECONDS) -> None:
+        """Wait for SERVING; fails with the server's output if it does not come."""
+        end = time.monotonic() + seconds
+        while not self.is_serving():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"the server does not serve:\n{self.log.read_text()}")
+            time.sleep(0.05)
+
+    def engine_pid(self) -> int:
+        """The process id of the engine, found among the server's children."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in children:
+            if "fusewire.service.engine" in Path(f"/proc/{pid}/cmdline").read_text():
+                return int(pid)
+        raise AssertionError(f"no engine among the children {children}")
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples of a metric that carry these labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        assert samples, f"no metric {name}"
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
