@@ -92,20 +92,8 @@ def fused_norm(
     return _rotate_and_write(q, k, v, rope_table, positions, k_cache, v_cache, slots, shape)
 
 
-def fused(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    rope_table: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    shape: QKNormShape,
-) -> Tensor:
-    """Run norm, RoPE and the KV write as one launch, on a CPU as few torch passes; see `QKNormPath`."""
-    return qk_norm_rope_cache(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
-
+fused: QKNormPath = qk_norm_rope_cache
+"""Norm, RoPE and the KV write in one launch, on a CPU in few torch passes."""
 
 PATHS: Mapping[KernelMode, QKNormPath] = MappingProxyType(
     {KernelMode.UNFUSED: unfused, KernelMode.FUSED_NORM: fused_norm, KernelMode.FUSED: fused}

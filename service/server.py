@@ -151,7 +151,7 @@ class Server:
 
     def _fail(self, reason: str) -> None:
         """End the server: no waiting can mend this."""
-        self._failure = reason
+        self._failure = self._failure or reason
         self._stopping.set()
 
     # ---- the end ----

@@ -119,7 +119,8 @@ def log_progress() -> Callable[[int, int], None]:
 
 def stop_at_end_of_input(engine: Engine) -> None:
     """Wait until the front end closes the pipe or dies, then stop the engine."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # the buffered reader's lock would disturb the interpreter's end
+        pass
     engine.stop()
 
 

@@ -13,14 +13,12 @@ from contextlib import aclosing
 
 import grpc
 
-from fusewire.service.engine_client import EngineUnavailable
 from fusewire.service.messages import EndReason
 from fusewire.service.rpc import validation
 from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
 from fusewire.service.rpc.serving import LiveRequest, Serving
-from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -65,7 +63,7 @@ class GenerationService:
         with serving.admitted(call.caller, call.arrival) as live:
             answer = await self._prepare(request, live, call)
             events = engine.submit(answer.request)
-            reason: EndReason = "cancelled"
+            reason: EndReason = "error"
             try:
                 await call.send_request_id(live.request_id)
                 stop_sent = False
@@ -80,8 +78,8 @@ class GenerationService:
                 reason = answer.reason
                 _require_good_end(reason, call)
                 yield answer.finished()
-            except EngineUnavailable:
-                reason = "error"
+            except (asyncio.CancelledError, GeneratorExit):
+                reason = reason if answer.ended else "cancelled"
                 raise
             finally:
                 if answer.ended is None:
@@ -95,17 +93,18 @@ class GenerationService:
         ready, tokenizer = serving.ready, serving.tokenizer
         serving.require_model(request.model)
         validation.check_request(request, ready)
+        prompt_ids = await asyncio.to_thread(validation.encode_prompt, request, tokenizer)
+        echo = ""
+        if request.response.echo_prompt:
+            echo = await asyncio.to_thread(validation.prompt_text, request, tokenizer)
+        add = validation.add_request(
+            request, prompt_ids, ready, live.request_id, call, serving.config.default_max_tokens
+        )
         options = AnswerOptions(
             stop=tuple(request.stopping.stop),
             include_stop=request.stopping.include_stop,
             token_ids=request.response.token_ids,
-            echo=await asyncio.to_thread(validation.prompt_text, request, tokenizer)
-            if request.response.echo_prompt
-            else "",
-        )
-        prompt_ids = await _tokenize(request, tokenizer)
-        add = validation.add_request(
-            request, prompt_ids, ready, live.request_id, call, serving.config.default_max_tokens
+            echo=echo,
         )
         return Answer(add, options, tokenizer, ready)
 
@@ -131,30 +130,32 @@ class GenerationService:
         """Turn a prompt into tokens, also while the engine loads."""
         self._serving.require_model(request.model)
         tokenizer = self._serving.tokenizer
-        token_ids = await _tokenize(request, tokenizer)
-        return pb.TokenizeResponse(token_ids=token_ids, tokens=map(tokenizer.token_bytes, token_ids))
+
+        def tokenize() -> pb.TokenizeResponse:
+            token_ids = validation.encode_prompt(request, tokenizer)
+            return pb.TokenizeResponse(token_ids=token_ids, tokens=map(tokenizer.token_bytes, token_ids))
+
+        return await asyncio.to_thread(tokenize)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:  # noqa: N802
         """Turn tokens into text, also while the engine loads."""
         self._serving.require_model(request.model)
         tokenizer, ready = self._serving.tokenizer, self._serving.engine.ready
         vocab_size = tokenizer.vocab_size if ready is None else ready.model.vocab_size
-        validation.check_ids("token_ids", request.token_ids, vocab_size)
-        text = await asyncio.to_thread(tokenizer.decode, request.token_ids, request.keep_special_tokens)
-        return pb.DetokenizeResponse(text=text)
+
+        def detokenize() -> pb.DetokenizeResponse:
+            validation.check_ids("token_ids", request.token_ids, vocab_size)
+            text = tokenizer.decode(request.token_ids, request.keep_special_tokens)
+            return pb.DetokenizeResponse(text=text)
+
+        return await asyncio.to_thread(detokenize)
 
     async def CountTokens(self, request: pb.CountTokensRequest, call: Call) -> pb.CountTokensResponse:  # noqa: N802
         """Count the tokens of a prompt."""
         self._serving.require_model(request.model)
         context_length = self._serving.ready.model.context_length
-        token_ids = await _tokenize(request, self._serving.tokenizer)
+        token_ids = await asyncio.to_thread(validation.encode_prompt, request, self._serving.tokenizer)
         return pb.CountTokensResponse(prompt_tokens=len(token_ids), context_length=context_length)
-
-
-async def _tokenize(request: validation.AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
-    """Check a prompt and tokenize it, off the event loop."""
-    validation.check_prompt(request)
-    return await asyncio.to_thread(validation.encode_prompt, request, tokenizer)
 
 
 def _require_good_end(reason: EndReason, call: Call) -> None:

@@ -151,15 +151,14 @@ class _Endpoint:
         code = grpc.StatusCode.OK
         try:
             return await answer(self._open(context, arrival))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.InternalError):  # the latter: nothing can be sent any more
             overdue = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED
-            raise
+            raise asyncio.CancelledError from None
         except Exception as error:
             failure = self._status_of(error)
             code = failure.code
-            await context.abort(code, failure.message, failure.trailing_metadata())
-            raise  # not reached: abort raises
+            raise await _abort(context, failure) from None
         finally:
             self._metrics.observe_handled(code.name, time.monotonic() - arrival)
 
@@ -182,3 +181,15 @@ class _Endpoint:
                 return StatusError(grpc.StatusCode.UNAUTHENTICATED, str(error))
         log.error("%s failed", self._method.full_name, exc_info=error)
         return StatusError(grpc.StatusCode.INTERNAL, "internal error")
+
+
+async def _abort(context: grpc.aio.ServicerContext, failure: StatusError) -> BaseException:
+    """Send a status and return what ends the handler: gRPC's own exception, or, if the call was over
+    before the status could be sent, a cancellation.
+    """
+    try:
+        await context.abort(failure.code, failure.message, failure.trailing_metadata())
+    except grpc.aio.AbortError as sent:
+        return sent
+    except grpc.aio.InternalError:
+        return asyncio.CancelledError()

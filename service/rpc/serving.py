@@ -151,6 +151,11 @@ class Serving:
         """How many of those that wait will run at the next step; none if the last step left some."""
         return 0 if self.load.waiting else max(max_running - len(self._running), 0)
 
+    @property
+    def live(self) -> int:
+        """How many requests were admitted and have not ended."""
+        return len(self._waiting) + len(self._running)
+
     def note_scheduled(self, request: LiveRequest, prompt_tokens: int) -> None:
         """Take in that a request waits no longer; a second time changes nothing."""
         if self._waiting.pop(request.request_id, None) is not None:
@@ -216,21 +221,18 @@ class Serving:
         """Refuse new requests and wait for the running ones; end those that take longer than that."""
         self.draining = True
         self._show_health()
-        before = self._live()
+        before = self.live
         await self._wait_until_idle(seconds)
-        left = self._live()
+        left = self.live
         if left:
             log.warning("ending %d requests that still run after %g s", left, seconds)
             self.engine.end_all("time_limit")
             await self._wait_until_idle(END_SECONDS)
         return DrainResult(finished=before - left, ended=left)
 
-    def _live(self) -> int:
-        return len(self._waiting) + len(self._running)
-
     async def _wait_until_idle(self, seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._live():
+                while self.live:
                     self._fewer.clear()
                     await self._fewer.wait()

@@ -42,33 +42,13 @@ AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensReque
 # ---- the prompt ----
 
 
-def check_prompt(request: AnyPromptRequest) -> None:
-    """Raise unless exactly one kind of prompt is set and its turns have known roles.
-
-    Raises:
-        StatusError: INVALID_ARGUMENT.
-    """
-    kind = request.WhichOneof("prompt")
-    if kind is None:
-        kinds = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
-        raise invalid_argument("prompt", f"one of {', '.join(kinds)} must be set")
-    if kind == "chat":
-        if not request.chat.messages:
-            raise invalid_argument("chat.messages", "must hold at least one message")
-        for index, message in enumerate(request.chat.messages):
-            if message.role not in ROLES:
-                raise invalid_argument(
-                    f"chat.messages[{index}].role",
-                    f"must be one of {', '.join(ROLES)}, got {quote(message.role)}",
-                )
-
-
 def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
-    """Tokenize a checked prompt, or take its ids as they are. Slow for long text.
+    """Check a prompt and tokenize it, or take its ids as they are. Slow for long text.
 
     Raises:
-        StatusError: INVALID_ARGUMENT if the model's chat template refuses the turns.
+        StatusError: INVALID_ARGUMENT, also if the model's chat template refuses the turns.
     """
+    _check_prompt(request)
     match request.WhichOneof("prompt"):
         case "chat":
             try:
@@ -91,6 +71,23 @@ def prompt_text(request: pb.GenerateRequest, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(request.token_ids.ids, keep_special=True)
 
 
+def _check_prompt(request: AnyPromptRequest) -> None:
+    """Raise unless a prompt is set and, if it is a chat, its turns have known roles."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        kinds = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
+        raise invalid_argument("prompt", f"one of {', '.join(kinds)} must be set")
+    if kind == "chat":
+        if not request.chat.messages:
+            raise invalid_argument("chat.messages", "must hold at least one message")
+        for index, message in enumerate(request.chat.messages):
+            if message.role not in ROLES:
+                raise invalid_argument(
+                    f"chat.messages[{index}].role",
+                    f"must be one of {', '.join(ROLES)}, got {quote(message.role)}",
+                )
+
+
 def _turns(request: AnyPromptRequest) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in request.chat.messages]
 
@@ -108,13 +105,14 @@ def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
 
 
 def check_request(request: pb.GenerateRequest, ready: EngineReady) -> None:
-    """Check everything but the prompt's length, which only its tokens tell.
+    """Check everything but text and chat prompts, which `encode_prompt` does.
 
     Raises:
         StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a kernel mode that is not served.
     """
     _at_most("client_request_id", len(request.client_request_id), MAX_CLIENT_ID_CHARACTERS, "characters")
-    check_prompt(request)
+    if request.HasField("token_ids"):
+        _room(request, len(request.token_ids.ids), ready)  # first, so that what follows is short
     check_ids("token_ids.ids", request.token_ids.ids, ready.model.vocab_size)
     _check_sampling(request.sampling, ready.model.vocab_size)
     _check_stopping(request.stopping, ready.model.vocab_size)
@@ -185,7 +183,7 @@ def add_request(
     call: Call,
     default_max_tokens: int,
 ) -> AddRequest:
-    """Put a checked request and its tokens into the engine's words, with every unset field resolved.
+    """Put a request that was checked and its tokens into the engine's words, with every unset field resolved.
 
     Raises:
         StatusError: INVALID_ARGUMENT if prompt and answer do not fit the context.
@@ -217,24 +215,29 @@ def _max_tokens(
     request: pb.GenerateRequest, prompt_tokens: int, ready: EngineReady, default: int
 ) -> tuple[int, Literal["length", "context"]]:
     """The most tokens to generate, and what reaching that number means."""
-    prompt = request.WhichOneof("prompt") or "prompt"
-    if prompt_tokens == 0:
-        raise invalid_argument(prompt, "must hold at least one token")
-    context = ready.model.context_length
-    room = context - prompt_tokens
-    if room < 1:
-        raise invalid_argument(
-            prompt, f"holds {prompt_tokens} tokens, which leaves no room in the context of {context}"
-        )
+    room = _room(request, prompt_tokens, ready)
     if not request.stopping.HasField("max_tokens"):
         return (room, "context") if room < default else (default, "length")
     if request.stopping.max_tokens > room:
         raise invalid_argument(
             "stopping.max_tokens",
-            f"must be at most {room}, for the prompt holds {prompt_tokens} tokens and the context {context}, "
-            f"got {request.stopping.max_tokens}",
+            f"must be at most {room}, what the prompt's {prompt_tokens} tokens leave of the context of "
+            f"{ready.model.context_length}, got {request.stopping.max_tokens}",
         )
     return request.stopping.max_tokens, "length"
+
+
+def _room(request: pb.GenerateRequest, prompt_tokens: int, ready: EngineReady) -> int:
+    """How many tokens the context has room for after the prompt; at least 1."""
+    prompt = request.WhichOneof("prompt") or "prompt"
+    if prompt_tokens == 0:
+        raise invalid_argument(prompt, "must hold at least one token")
+    context = ready.model.context_length
+    if prompt_tokens >= context:
+        raise invalid_argument(
+            prompt, f"holds {prompt_tokens} tokens, which leaves no room in the context of {context}"
+        )
+    return context - prompt_tokens
 
 
 def _sampling(request: pb.GenerateRequest, model: ModelInfo) -> SamplingParams:

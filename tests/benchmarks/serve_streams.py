@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,7 @@ METRICS = (
     "fusewire_time_to_first_token_seconds",
     "fusewire_kernel_mode_info",
 )
+STEP_LINE = r'fusewire_engine_step_duration_seconds_(sum|count){kernel_mode="(\w+)",phase="(\w+)"} (.*)'
 
 
 def make_request(rng: random.Random, options: argparse.Namespace, mode: str) -> pb.GenerateRequest:
@@ -90,6 +92,19 @@ def metric_lines(server: ServerProcess) -> list[str]:
         return [line for line in reply.read().decode().splitlines() if line.startswith(METRICS)]
 
 
+def print_step_means(lines: list[str]) -> None:
+    """Print the mean duration of the server's steps, by phase and kernel mode."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for line in lines:
+        if found := re.match(STEP_LINE, line):
+            kind, mode, phase, value = found.groups()
+            values.setdefault((phase, mode), {})[kind] = float(value)
+    for (phase, mode), step in sorted(values.items()):
+        if step["count"]:
+            mean = 1e3 * step["sum"] / step["count"]
+            print(f"{phase:8} {mode:10} {step['count']:5.0f} steps, mean {mean:7.2f} ms")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,15 +137,17 @@ def main() -> int:
                     result = {"mode": mode, "round": round_, **run_streams(server, requests)}
                     runs.append(result)
                     print(
-                        f"round {round_} {mode:10} {result['backend']:22} {result['tokens_per_second']:9.0f} tok/s  "
+                        f"round {round_} {mode:10} {result['backend']:12} "
+                        f"{result['tokens_per_second']:7.0f} tok/s  "
                         f"TTFT {result['ttft_ms_median']:7.1f} ms  TPOT {result['tpot_ms_median']:6.2f} ms",
                         flush=True,
                     )
             lines = metric_lines(server)
-    sums = [line for line in lines if "_sum{" in line or "_count{" in line]
-    print("\n".join(sums))
+    print_step_means(lines)
     report = {
-        "command": " ".join(["python -m tests.benchmarks.serve_streams", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python -m tests.benchmarks.serve_streams", *(Path(a).name for a in sys.argv[1:])]
+        ),
         "versions": {name: version(name) for name in ("torch", "triton", "grpcio")}
         | {"python": platform.python_version()},
         "device": info.device,

@@ -1,0 +1,76 @@
+"""The kernels compile for A100 and H100 without a GPU, with vector loads and without spills."""
+
+import re
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusewire.kernels import qk_norm, qk_norm_rope_cache
+from fusewire.kernels.qk_norm_rope_cache import PLANS
+from tests.kernels.cases import site_shape
+
+ALIGNED = [["tt.divisibility", 16]]
+NOT_SPECIALISED = ("num_rows", "num_tokens", "eps")
+BF16 = 2
+"""Bytes of an element."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(monkeypatch, tmp_path):
+    """Compile for real instead of reading what an earlier run left in the user's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compile_ptx(kernel, constants, types, num_warps, architecture):
+    """Compile as the launcher would with aligned pointers and strides that are multiples of 16."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "*bf16")
+        if name not in constants and name not in NOT_SPECIALISED:
+            attributes[index,] = ALIGNED
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    assert compiled.asm["cubin"]
+    return compiled.asm["ptx"]
+
+
+def assert_vectorised_without_spills(ptx):
+    """Every access of a tile is 16 bytes wide; scalars are the per-token indices, int64 each."""
+    accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*", ptx)
+    assert {access for access in accesses if ".v4.b32" not in access} <= {"ld.global.b64"}
+    assert any(access.startswith("st") for access in accesses)
+    assert ".local" not in ptx
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_norm_in_place(architecture, head_dim):
+    constants = qk_norm.tile_constants(site_shape(16, 8, head_dim), BF16)
+    types = {"num_rows": "i32", "qkv_stride": "i32", "eps": "fp32"}
+    ptx = compile_ptx(qk_norm.qk_norm_kernel, constants, types, qk_norm.NUM_WARPS, architecture)
+    assert_vectorised_without_spills(ptx)
+    assert ".shared" not in ptx
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("head_dim", [80, 128])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.num_warps}-warps")
+def test_norm_rope_and_cache_write(architecture, head_dim, interleaved, plan):
+    shape = site_shape(16, 8, head_dim, interleaved=interleaved)
+    constants = qk_norm_rope_cache.tile_constants(shape, plan, BF16)
+    strides = ("qkv_stride", "k_slot_stride", "k_head_stride", "v_slot_stride", "v_head_stride")
+    types = dict.fromkeys(strides, "i32") | {
+        "rope_table": "*fp32",
+        "positions": "*i64",
+        "slots": "*i64",
+        "num_tokens": "i32",
+        "eps": "fp32",
+    }
+    kernel = qk_norm_rope_cache.qk_norm_rope_cache_kernel
+    ptx = compile_ptx(kernel, constants, types, plan.num_warps, architecture)
+    assert_vectorised_without_spills(ptx)
+    assert ".shared" not in ptx  # the rotation stays within a thread, the sum within a warp
