@@ -8,6 +8,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 
 import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from fusewire.service.rpc.call import Call
@@ -35,6 +37,11 @@ class Health:
         if request.service not in self._services:
             raise StatusError(grpc.StatusCode.NOT_FOUND, "service: no such service here")
         return HealthCheckResponse(status=self._status)
+
+    async def List(self, request: Message, call: Call) -> Message:  # noqa: N802
+        """Tell the status of every service; clients see it where grpcio-health-checking has it (1.85)."""
+        status = HealthCheckResponse(status=self._status)
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(self._services, status))
 
     async def Watch(self, request: HealthCheckRequest, call: Call) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
         """Tell the status now and whenever it changes; very short changes may be left out."""
