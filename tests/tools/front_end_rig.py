@@ -34,6 +34,7 @@ CONTEXT = 256
 VOCAB = 4096
 EOS = 4095
 MAX_RUNNING = 4
+NO_DEFAULTS = GenerationDefaults()
 BACKENDS = {KernelMode.UNFUSED: "torch-cpu", KernelMode.FUSED: "fake-fused"}
 
 
@@ -70,7 +71,7 @@ class ScriptedRunner:
         return Sampled(token, -0.5, tuple((token + i, -0.5 - i) for i in range(row.sample.params.logprobs)))
 
 
-def describe(defaults: GenerationDefaults = GenerationDefaults()) -> EngineReady:
+def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
     """What the scripted engine says of itself."""
     model = ModelInfo(
         architecture="Scripted",
@@ -102,7 +103,7 @@ def describe(defaults: GenerationDefaults = GenerationDefaults()) -> EngineReady
 class LocalEngine:
     """The engine's step loop in a thread of this process."""
 
-    def __init__(self, socket_path: Path, defaults: GenerationDefaults = GenerationDefaults()) -> None:
+    def __init__(self, socket_path: Path, defaults: GenerationDefaults = NO_DEFAULTS) -> None:
         ready = describe(defaults)
         self.runner = ScriptedRunner()
         self.pool = BlockPool(ready.kv_blocks, ready.block_size)
@@ -147,7 +148,7 @@ class Rig:
         self.model = model_pb2_grpc.ModelServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
 
-    async def start_engine(self, defaults: GenerationDefaults = GenerationDefaults()) -> None:
+    async def start_engine(self, defaults: GenerationDefaults = NO_DEFAULTS) -> None:
         """Start an engine, in place of one that was killed, and wait until it is ready."""
         self.engine = LocalEngine(self.socket_path, defaults)
         self.engine.start()
@@ -174,7 +175,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    folder: Path, loaded: bool = True, defaults: GenerationDefaults = GenerationDefaults(), **config: Any
+    folder: Path, loaded: bool = True, defaults: GenerationDefaults = NO_DEFAULTS, **config: Any
 ) -> AsyncIterator[Rig]:
     """A running `Rig`, unless told otherwise with its tokenizer loaded and its engine ready."""
     running = Rig(folder, **config)

@@ -11,7 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fusewire.v1 import admin_pb2 as pb
 from fusewire.v1 import generation_pb2
-from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED, KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED, TrafficShare
+from fusewire.v1.kernel_pb2 import (
+    KERNEL_MODE_FUSED,
+    KERNEL_MODE_FUSED_NORM,
+    KERNEL_MODE_UNFUSED,
+    TrafficShare,
+)
 from tests.tools.front_end_rig import Rig, rig, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -189,7 +189,7 @@ def test_every_service_can_be_found_and_described_by_reflection(tmp_path: Path, 
             reflection_pb2.ServerReflectionRequest.SerializeToString,
             reflection_pb2.ServerReflectionResponse.FromString,
         )(iter([reflection_pb2.ServerReflectionRequest(**question)]), timeout=5)
-        return [response async for response in call][0]
+        return await anext(aiter(call))
 
     async def body(server: Rig) -> None:
         stock = {"grpc.health.v1.Health", reflection.V1, reflection.SERVICE.full_name}
@@ -203,7 +203,8 @@ def test_every_service_can_be_found_and_described_by_reflection(tmp_path: Path, 
             for service in listed:
                 answer = (await ask(channel, file_containing_symbol=service.name)).file_descriptor_response
                 files = [
-                    descriptor_pb2.FileDescriptorProto.FromString(file) for file in answer.file_descriptor_proto
+                    descriptor_pb2.FileDescriptorProto.FromString(file)
+                    for file in answer.file_descriptor_proto
                 ]
                 described = {f"{file.package}.{entry.name}" for file in files for entry in file.service}
                 assert service.name in described

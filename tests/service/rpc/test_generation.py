@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from fusewire.kernels import modes
 from fusewire.service.messages import GenerationDefaults
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1.kernel_pb2 import KernelMode, KernelPath
@@ -46,7 +47,7 @@ def run(tmp_path: Path, body, **options) -> None:
         async with rig(tmp_path, **options) as server:
             await body(server)
             await until(lambda: server.engine is None or server.engine.pool.usage == 0)
-            assert server.serving.load.running == server.serving.load.waiting == 0
+            await until(lambda: server.serving.load.running == server.serving.load.waiting == 0)
 
     asyncio.run(with_rig())
 
@@ -188,7 +189,11 @@ def test_token_ids_and_logprobs_come_only_when_asked_for(tmp_path: Path) -> None
         first = full.logprobs[0]
         assert first.logprob == -0.5
         assert first.token == demo_tokenizer().token_bytes(1000)
-        assert [(top.token_id, top.logprob) for top in first.top] == [(1000, -0.5), (1001, -1.5), (1002, -2.5)]
+        assert [(top.token_id, top.logprob) for top in first.top] == [
+            (1000, -0.5),
+            (1001, -1.5),
+            (1002, -2.5),
+        ]
 
     run(tmp_path, body)
 
@@ -292,7 +297,7 @@ def test_a_client_that_goes_takes_its_request_with_it(
     async def body(server: Rig) -> None:
         server.runner.pause = 0.002
         await asyncio.gather(*(leave_after(server, index % 5) for index in range(40)))
-        await until(lambda: server.serving._live() == 0)
+        await until(lambda: server.serving.live == 0)
         assert (await server.generation.Generate(request(), timeout=20)).text
 
     with caplog.at_level(logging.WARNING):
@@ -319,12 +324,16 @@ def test_a_switch_while_a_request_runs_is_reported_as_mixed(tmp_path: Path) -> N
         call = server.generation.StreamGenerate(request(stopping=stopping(max_tokens=40)), timeout=20)
         for _ in range(6):
             await anext(aiter(call))
-        await server.serving.choose_mode("unfused", None)
+        await server.serving.choose_mode(modes.KernelMode.UNFUSED, None)
         *_, last = [event async for event in call]
         kernel = last.finished.kernel
         assert kernel.prefill == KernelPath.KERNEL_PATH_FUSED
         assert kernel.decode == KernelPath.KERNEL_PATH_MIXED
-        assert (kernel.prefill_backend, kernel.decode_backend, kernel.backend) == ("fake-fused", "mixed", "mixed")
+        assert (kernel.prefill_backend, kernel.decode_backend, kernel.backend) == (
+            "fake-fused",
+            "mixed",
+            "mixed",
+        )
 
     run(tmp_path, body)
 
@@ -383,7 +392,9 @@ def test_more_requests_than_may_wait_are_refused_with_a_time_to_retry(tmp_path: 
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await server.generation.Generate(request(), timeout=20)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        status = status_pb2.Status.FromString(dict(refused.value.trailing_metadata())["grpc-status-details-bin"])
+        status = status_pb2.Status.FromString(
+            dict(refused.value.trailing_metadata())["grpc-status-details-bin"]
+        )
         retry = error_details_pb2.RetryInfo()
         assert status.details[0].Unpack(retry)
         assert retry.retry_delay.seconds >= 1
@@ -447,6 +458,8 @@ def test_a_drain_that_takes_too_long_ends_what_runs(tmp_path: Path) -> None:
 
 def test_comparing_is_not_implemented(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
-        assert await status_of(server.generation.Compare(pb.CompareRequest())) is grpc.StatusCode.UNIMPLEMENTED
+        assert (
+            await status_of(server.generation.Compare(pb.CompareRequest())) is grpc.StatusCode.UNIMPLEMENTED
+        )
 
     run(tmp_path, body)

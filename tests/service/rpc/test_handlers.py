@@ -104,7 +104,7 @@ def test_an_unexpected_exception_is_logged_and_never_shown(
                 await call
             assert failed.value.code() is grpc.StatusCode.INTERNAL
             assert failed.value.details() == "internal error"
-            assert server.serving._live() == 0
+            assert server.serving.live == 0
 
     asyncio.run(body())
     assert "ZeroDivisionError" in caplog.text
@@ -113,7 +113,9 @@ def test_an_unexpected_exception_is_logged_and_never_shown(
 def test_an_unknown_rpc_is_unimplemented(tmp_path: Path) -> None:
     async def body() -> None:
         async with rig(tmp_path) as server:
-            error = await call_raw(server.channel, ("/fusewire.v1.GenerationService/Nothing", False, False), b"")
+            error = await call_raw(
+                server.channel, ("/fusewire.v1.GenerationService/Nothing", False, False), b""
+            )
             assert error.code() is grpc.StatusCode.UNIMPLEMENTED
             public_admin = ("/fusewire.v1.AdminService/GetKernelMode", False, False)
             error = await call_raw(server.channel, public_admin, b"")
@@ -167,7 +169,9 @@ def test_each_port_wants_a_token_of_its_own_on_every_rpc_but_the_health_check(tm
                     for metadata in [*bad, bearer(foreign)]:
                         error = await call_raw(channel, method, GARBAGE, metadata=metadata)
                         code = error.code().name
-                        assert code == ("INVALID_ARGUMENT" if method[0] == check else "UNAUTHENTICATED"), method
+                        assert code == ("INVALID_ARGUMENT" if method[0] == check else "UNAUTHENTICATED"), (
+                            method
+                        )
             health = health_pb2_grpc.HealthStub(server.channel)
             assert (await health.Check(health_pb2.HealthCheckRequest())).status
             for token in ("alice-token", "bob-token"):

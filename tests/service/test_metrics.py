@@ -1,0 +1,223 @@
+"""The exposition as Prometheus reads it: names, labels, and values after what was observed."""
+
+import time
+from typing import get_args
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.messages import Ended, EndReason, Phase, RequestEvent, Scheduled, StepReport, Token
+from fusewire.service.metrics import CODES, Metrics, RequestAccount
+from tests.tools.front_end_rig import describe
+
+REQUEST_HISTOGRAMS = [
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "request_queue_seconds",
+    "request_prefill_seconds",
+    "request_decode_seconds",
+    "request_preempted_seconds",
+    "e2e_request_latency_seconds",
+]
+PATHS = {"unfused", "fused_norm", "fused", "mixed"}
+PLAIN = {
+    "prompt_tokens": "counter",
+    "generation_tokens": "counter",
+    "preemptions": "counter",
+    "engine_restarts": "counter",
+    "kernel_mode_switches": "counter",
+    "requests_running": "gauge",
+    "requests_waiting": "gauge",
+    "kv_cache_usage_ratio": "gauge",
+    "engine_up": "gauge",
+    "last_step_timestamp_seconds": "gauge",
+    "oldest_waiting_request_age_seconds": "gauge",
+    "kernel_mode_generation": "gauge",
+    "kernel_mode_last_switch_timestamp_seconds": "gauge",
+}
+
+
+def families(metrics: Metrics) -> dict:
+    text = generate_latest(metrics.registry).decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def labels(family, suffix: str = "") -> set[tuple[str, ...]]:
+    """The label values of a family's samples, in the order of the labels' names."""
+    samples = [sample for sample in family.samples if sample.name.endswith(suffix)]
+    return {tuple(sample.labels[name] for name in sorted(sample.labels)) for sample in samples}
+
+
+def value(metrics: Metrics, name: str, **wanted: str) -> float | None:
+    return metrics.registry.get_sample_value(f"fusewire_{name}", wanted)
+
+
+def report(events: list[RequestEvent], **fields) -> StepReport:
+    defaults = {
+        "step": 1,
+        "phase": "decode",
+        "kernel_mode": KernelMode.FUSED,
+        "duration": 0.004,
+        "prefill_tokens": 0,
+        "decode_tokens": 2,
+        "running": 2,
+        "waiting": 1,
+        "kv_usage": 0.25,
+        "preemptions": 0,
+    }
+    return StepReport(**(defaults | fields), events=events)
+
+
+def test_every_metric_is_there_at_zero_before_anything_happens() -> None:
+    found = families(Metrics("m"))
+    for name in REQUEST_HISTOGRAMS:
+        family = found[f"fusewire_{name}"]
+        assert family.type == "histogram"
+        assert labels(family, "_count") == {(path, "m") for path in PATHS}
+    for name, kind in PLAIN.items():
+        family = found[f"fusewire_{name}"]
+        assert family.type == kind
+        assert [sample.value for sample in family.samples] == [0]
+    steps = labels(found["fusewire_engine_step_duration_seconds"], "_count")
+    assert steps == {(mode, phase) for mode in KernelMode for phase in get_args(Phase)}
+    assert labels(found["fusewire_batch_tokens"], "_count") == {("prefill",), ("decode",)}
+    assert labels(found["fusewire_requests_finished"]) == {(reason,) for reason in get_args(EndReason)}
+    assert labels(found["fusewire_requests_rejected"]) == {
+        ("queue_full",),
+        ("draining",),
+        ("engine_unavailable",),
+    }
+    assert [sample.value for sample in found["fusewire_build_info"].samples] == [1]
+
+
+def test_there_are_no_created_series_and_every_metric_says_what_it_is() -> None:
+    found = families(Metrics("m"))
+    assert not [name for name in found if name.endswith("_created")]
+    assert all(family.documentation for family in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("time_to_first_token_seconds", 0.001),
+        ("inter_token_latency_seconds", 0.0005),
+        ("engine_step_duration_seconds", 0.0001),
+    ],
+)
+def test_buckets_reach_below_a_millisecond_where_it_matters(name: str, least: float) -> None:
+    samples = families(Metrics("m"))[f"fusewire_{name}"].samples
+    bounds = [float(sample.labels["le"]) for sample in samples if sample.name.endswith("_bucket")]
+    assert min(bounds) == least
+
+
+def test_an_rpc_has_all_its_series_from_the_start() -> None:
+    metrics = Metrics("m")
+    rpc = metrics.rpc.method("unary", "s", "m")
+    rpc.started.inc()
+    rpc.observe_handled("INVALID_ARGUMENT", 0.5)
+    found = families(metrics)
+    handled = {sample.labels["grpc_code"]: sample.value for sample in found["grpc_server_handled"].samples}
+    assert handled == dict.fromkeys(CODES.values(), 0) | {"InvalidArgument": 1}
+    names = ("grpc_server_started", "grpc_server_msg_received", "grpc_server_msg_sent")
+    assert [found[name].samples[0].value for name in names] == [1, 0, 0]
+    assert found["grpc_server_handling_seconds"].type == "histogram"
+
+
+def test_a_step_is_seen_in_its_phase_and_mode_and_in_the_load() -> None:
+    metrics = Metrics("m")
+    before = time.time()
+    metrics.observe_step(report([], preemptions=2))
+    metrics.observe_step(report([], phase="mixed", prefill_tokens=60))
+    metrics.observe_step(report([], phase=None, decode_tokens=0, running=0, waiting=0, kv_usage=0.0))
+    assert value(metrics, "engine_step_duration_seconds_count", phase="decode", kernel_mode="fused") == 1
+    assert value(metrics, "engine_step_duration_seconds_sum", phase="mixed", kernel_mode="fused") == 0.004
+    assert value(metrics, "batch_tokens_sum", phase="decode") == 4
+    assert value(metrics, "batch_tokens_count", phase="prefill") == 1
+    assert value(metrics, "preemptions_total") == 2
+    assert value(metrics, "kv_cache_usage_ratio") == value(metrics, "requests_running") == 0
+    assert value(metrics, "last_step_timestamp_seconds") >= before
+
+
+def test_gaps_between_tokens_are_those_of_each_request() -> None:
+    metrics = Metrics("m")
+    metrics.observe_step(report([Scheduled("a", 0.5), Token("a", 7, 1.0)]))
+    metrics.observe_step(report([Token("a", 7, 1.5), Token("b", 7, 1.5)]))
+    metrics.observe_step(report([Token("a", 7, 2.5), Ended("a", "eos"), Token("b", 7, 2.5)]))
+    metrics.observe_step(report([Token("b", 7, 2.75)], kernel_mode=KernelMode.UNFUSED))
+    gaps = "inter_token_latency_seconds"
+    assert value(metrics, f"{gaps}_count", model_name="m", kernel_mode="fused") == 3
+    assert value(metrics, f"{gaps}_sum", model_name="m", kernel_mode="fused") == 2.5
+    assert value(metrics, f"{gaps}_sum", model_name="m", kernel_mode="unfused") == 0.25
+    assert value(metrics, "generation_tokens_total") == 6
+
+
+def test_a_gap_never_spans_a_restart_of_the_engine() -> None:
+    metrics = Metrics("m")
+    metrics.observe_step(report([Token("a", 7, 1.0)]))
+    metrics.observe_engine(None)
+    metrics.observe_engine(describe())
+    metrics.observe_step(report([Token("a", 7, 9.0)]))
+    assert value(metrics, "inter_token_latency_seconds_count", model_name="m", kernel_mode="fused") == 0
+
+
+def test_a_finished_request_is_seen_in_every_phase_that_it_completed() -> None:
+    metrics = Metrics("m")
+    complete = RequestAccount("eos", "fused", 1.0, 2.0, 4.0, 8.0, 0.5, completion_tokens=5)
+    one_token = RequestAccount("length", "mixed", 1.0, 2.0, 0.0, 8.0, 0.0, completion_tokens=1)
+    cancelled_in_prefill = RequestAccount("cancelled", "unfused", 1.0, None, None, 8.0, 0.0, 0)
+    never_ran = RequestAccount("cancelled", "", None, None, None, 8.0, 0.0, 0)
+    for account in (complete, one_token, cancelled_in_prefill, never_ran):
+        metrics.observe_finished(account)
+
+    def seen(path: str) -> dict[str, float]:
+        sums = {
+            name: value(metrics, f"{name}_sum", model_name="m", kernel_mode=path)
+            for name in REQUEST_HISTOGRAMS
+        }
+        counts = {
+            name: value(metrics, f"{name}_count", model_name="m", kernel_mode=path)
+            for name in REQUEST_HISTOGRAMS
+        }
+        return {name.removesuffix("_seconds"): sums[name] for name in REQUEST_HISTOGRAMS if counts[name]}
+
+    until_first = {"time_to_first_token": 3, "request_queue": 1, "request_prefill": 2}
+    assert seen("fused") == until_first | {
+        "request_time_per_output_token": 1,
+        "request_decode": 4,
+        "request_preempted": 0.5,
+        "e2e_request_latency": 8,
+    }
+    assert seen("mixed") == until_first | {"request_preempted": 0, "e2e_request_latency": 8}
+    assert seen("unfused") == {"request_queue": 1, "request_preempted": 0, "e2e_request_latency": 8}
+    assert value(metrics, "requests_finished_total", finish_reason="cancelled") == 2
+
+
+def test_the_kernel_mode_and_the_engines_state_are_shown() -> None:
+    metrics = Metrics("m")
+    metrics.observe_engine(describe())
+    assert value(metrics, "engine_up") == 1
+    assert value(metrics, "kernel_mode_info", kernel_mode="fused", backend="fake-fused") == 1
+    assert value(metrics, "kernel_mode_info", kernel_mode="unfused", backend="torch-cpu") == 0
+    metrics.observe_switch(KernelMode.UNFUSED, 2)
+    assert value(metrics, "kernel_mode_info", kernel_mode="fused", backend="fake-fused") == 0
+    assert value(metrics, "kernel_mode_info", kernel_mode="unfused", backend="torch-cpu") == 1
+    assert value(metrics, "kernel_mode_generation") == 2
+    assert value(metrics, "kernel_mode_switches_total") == 1
+    metrics.observe_step(report([]))
+    metrics.observe_engine(None)
+    metrics.observe_restart()
+    assert value(metrics, "engine_up") == value(metrics, "requests_running") == 0
+    assert value(metrics, "engine_restarts_total") == 1
+
+
+def test_the_age_of_the_oldest_waiting_request_grows_between_scrapes() -> None:
+    metrics = Metrics("m", oldest_waiting=lambda: arrived)
+    arrived: float | None = None
+    assert value(metrics, "oldest_waiting_request_age_seconds") == 0
+    arrived = time.monotonic() - 5
+    first = value(metrics, "oldest_waiting_request_age_seconds")
+    assert first >= 5
+    assert value(metrics, "oldest_waiting_request_age_seconds") >= first

@@ -1,0 +1,108 @@
+"""The whole server in this process, with the real engine beside it; and what it must not import."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fusewire.service import server as server_module
+from fusewire.service.config import ServeConfig
+from fusewire.service.server import Server, StartError
+from fusewire.v1 import generation_pb2, generation_pb2_grpc
+from tests.tools.front_end_rig import until
+
+
+def config(**fields) -> ServeConfig:
+    return ServeConfig(**({"port": 0, "admin_port": 0, "metrics_port": 0, "device": "cpu"} | fields))
+
+
+def scrape(port: int) -> set[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        assert reply.status == 200
+        return {family.name for family in text_string_to_metric_families(reply.read().decode())}
+
+
+def test_the_front_end_imports_neither_torch_nor_triton_nor_transformers() -> None:
+    program = (
+        "import sys, fusewire.service.server as s\n"
+        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'triton', 'transformers'})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_server_listens_serves_and_stops_at_a_signal() -> None:
+    async def body() -> int:
+        server = Server(config())
+        await server.start()
+        assert min(server.port, server.admin_port, server.metrics_port) > 0
+        stopped = asyncio.create_task(server.serve_until_stopped())
+        names = await asyncio.to_thread(scrape, server.metrics_port)
+        assert {"fusewire_engine_up", "grpc_server_started"} <= names
+        await until(lambda: server.serving.engine.ready is not None, 60)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            request = generation_pb2.GenerateRequest(text="Once upon a time")
+            request.stopping.max_tokens = 8
+            answer = await stub.Generate(request, timeout=30)
+        assert 0 < answer.usage.completion_tokens <= 8
+        assert answer.kernel.backend == "torch-cpu"
+        folder = server._socket_path.parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        os.kill(os.getpid(), signal.SIGTERM)
+        status = await stopped
+        assert not folder.exists()
+        return status
+
+    assert asyncio.run(body()) == 0
+
+
+@pytest.mark.parametrize("option", ["port", "admin_port", "metrics_port"])
+def test_a_port_in_use_is_named(option: str) -> None:
+    async def body(port: int) -> None:
+        with pytest.raises(StartError, match=f"127.0.0.1:{port}"):
+            await Server(config(**{option: port})).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        asyncio.run(body(other.getsockname()[1]))
+
+
+def test_a_token_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    async def body() -> None:
+        with pytest.raises(StartError, match="absent"):
+            await Server(config(auth_token_file=str(tmp_path / "absent"))).start()
+
+    asyncio.run(body())
+
+
+def test_a_model_that_cannot_be_had_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> int:
+        server = Server(config(model="./absent"))
+        await server.start()
+        return await server.serve_until_stopped()
+
+    assert asyncio.run(body()) == 1
+    assert "./absent is neither a folder nor a hub id" in caplog.text
+
+
+def test_an_engine_that_never_gets_ready_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine's interpreter is one that fails at once."""
+
+    async def body() -> int:
+        server = Server(config())
+        await server.start()
+        return await server.serve_until_stopped()
+
+    monkeypatch.setattr("fusewire.service.supervisor.sys.executable", "/bin/false")
+    assert asyncio.run(body()) == 1
+    assert f"has ended {server_module.MAX_STARTS} times before it was ready" in caplog.text
