@@ -17,7 +17,11 @@ from tests.kernels.cases import (
     site_shape,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events"),
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHAIN_ERROR = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}

@@ -242,6 +242,22 @@ def test_the_deadline_of_a_call_ends_its_request(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_deadlines_at_any_moment_leave_nothing_behind_and_log_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine and gRPC both end an overdue call, whichever comes first."""
+
+    async def body(server: Rig) -> None:
+        server.runner.pause = 0.001
+        calls = [server.generation.Generate(request(), timeout=0.002 * index) for index in range(1, 60)]
+        codes = {error.code() for error in await asyncio.gather(*calls, return_exceptions=True)}
+        assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, body, max_waiting=100)
+    assert not caplog.records
+
+
 def test_cancelling_by_id_ends_the_stream_with_cancelled(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
         server.runner.pause = 0.01
