@@ -231,8 +231,13 @@ def kernel_report(ended: Ended, backends: dict[KernelMode, str]) -> kernel_pb2.K
 
 
 def _backend(path: KernelPath, backends: dict[KernelMode, str]) -> str:
-    """The implementation behind a path; "" if the phase did not run."""
-    return path if path in ("", "mixed") else backends[KernelMode(path)]
+    """The implementation behind a path; "" if the phase did not run.
+
+    Of a mixed path it is told where all paths share one.
+    """
+    if path == "mixed":
+        return next(iter(backends.values())) if len(set(backends.values())) == 1 else "mixed"
+    return backends[KernelMode(path)] if path else ""
 
 
 def _common_path(ended: Ended) -> KernelPath:

@@ -37,11 +37,13 @@ class CountingRunner:
     """Answers with 1, 2, 3, …; `gate` can hold a step back."""
 
     def __init__(self) -> None:
+        self.modes: list[KernelMode] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def run(self, rows: list[Row], mode: KernelMode) -> list[Sampled | None]:
         assert self.gate.wait(10)
+        self.modes.append(mode)
         return [Sampled(len(row.sample.output_ids) + 1) if row.sample else None for row in rows]
 
 
@@ -162,6 +164,18 @@ def test_a_switch_is_answered_with_its_generation_and_refused_when_it_must_be(
         assert client.kernel_mode is KernelMode.UNFUSED
 
     with_client(tmp_path, body)
+
+
+def test_a_step_runs_on_the_pinned_mode_or_else_on_the_default(engine: LocalEngine, tmp_path: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        await drain(client.submit(request("a", 2)))
+        await client.set_kernel_mode(KernelMode.UNFUSED)
+        await drain(client.submit(request("b", 2)))
+        await drain(client.submit(request("c", 2, kernel_mode=KernelMode.FUSED)))
+
+    with_client(tmp_path, body)
+    fused, unfused = KernelMode.FUSED, KernelMode.UNFUSED
+    assert engine.runner.modes == [fused, fused, unfused, unfused, fused, fused]
 
 
 def test_a_vanished_front_end_takes_its_requests_along(engine: LocalEngine, tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ def test_a_request_that_never_ran_has_an_account_without_phases() -> None:
     assert (account.path, account.queue_seconds, account.prefill_seconds) == ("", None, None)
 
 
+def test_a_mixed_path_has_a_backend_where_all_paths_share_it() -> None:
+    ended = Ended("id", "length", prefill_path="fused", decode_path="mixed")
+    report = kernel_report(ended, dict.fromkeys(KernelMode, "torch-cpu"))
+    assert (report.decode_backend, report.backend) == ("torch-cpu", "torch-cpu")
+
+
 @pytest.mark.parametrize(
     ("prefill", "decode", "backends", "path"),
     [
