@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service.client import WIRE_MODES, CallFailed, Client, short_name
+from fusewire.service.client import CallFailed, Client, short_name
 from fusewire.service.terminal import note, show_answer, write
+from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2, kernel_pb2
 
 PROMPT = "> "

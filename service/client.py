@@ -19,18 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import is_loopback
-from fusewire.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, kernel_pb2
+from fusewire.service.wire import WIRE_MODES
+from fusewire.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 CALL_SECONDS = 30.0
 """Deadline of calls that only ask or switch."""
 POLL_SECONDS = 0.1
-WIRE_MODES = {
-    None: kernel_pb2.KERNEL_MODE_UNSPECIFIED,
-    KernelMode.UNFUSED: kernel_pb2.KERNEL_MODE_UNFUSED,
-    KernelMode.FUSED_NORM: kernel_pb2.KERNEL_MODE_FUSED_NORM,
-    KernelMode.FUSED: kernel_pb2.KERNEL_MODE_FUSED,
-}
-"""What a mode is called on the wire; None leaves the choice to the server."""
 CHANNEL_OPTIONS = (
     # A server that has just been started is found soon: gRPC's own backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.chat import Conversation, turn
-from fusewire.service.client import WIRE_MODES, Client, Connection, UnusableOption, to_plain
+from fusewire.service.client import Client, Connection, UnusableOption, to_plain
 from fusewire.service.config import ServeConfig, load_config
 from fusewire.service.terminal import print_json, show_answer, stream_answer
+from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2
 
 

@@ -21,7 +21,6 @@ from typing import Any, Self
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.client import (
-    WIRE_MODES,
     Answer,
     CallFailed,
     Client,
@@ -29,6 +28,7 @@ from fusewire.service.client import (
     time_per_output_token,
 )
 from fusewire.service.terminal import CommandFailed, milliseconds, print_json, stream_answer, write
+from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2
 
 DEFAULT_PROMPT = (

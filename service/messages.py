@@ -54,7 +54,6 @@ class AddRequest(_Message, frozen=True):
     priority: int = 0
     deadline: float | None = None
     """The time at which the request ends as "time_limit", wherever it is."""
-    cache_salt: str = ""
 
 
 class FinishRequest(_Message, frozen=True):
@@ -124,7 +123,6 @@ class EngineReady(_Message, frozen=True):
     kv_blocks: int
     block_size: int
     max_running: int
-    max_step_tokens: int
 
 
 class Scheduled(_Message, frozen=True):
@@ -197,7 +195,6 @@ class KernelModeChanged(_Message, frozen=True):
 
     current: KernelMode
     generation: int
-    time: float
 
 
 FromEngine = EngineReady | StepReport | KernelModeReply | KernelModeChanged

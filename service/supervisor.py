@@ -52,11 +52,6 @@ class EngineSupervisor:
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def pid(self) -> int | None:
-        """The engine's process id; None while none runs."""
-        return self._process.pid if self._process is not None else None
-
     async def start(self) -> None:
         """Start the engine and begin to watch it."""
         self._task = asyncio.create_task(self._keep_running(), name="engine-supervisor")

@@ -99,7 +99,6 @@ def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
         kv_blocks=runner.num_blocks,
         block_size=runner.block_size,
         max_running=config.max_running,
-        max_step_tokens=config.max_step_tokens,
     )
 
 

@@ -131,7 +131,7 @@ class Engine:
             self._scheduler.default_mode = message.mode
             self._generation += 1
             for each in self._connections:
-                each.send(KernelModeChanged(message.mode, self._generation, time.monotonic()))
+                each.send(KernelModeChanged(message.mode, self._generation))
         connection.send(
             KernelModeReply(
                 message.call_id,

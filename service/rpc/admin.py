@@ -8,7 +8,8 @@ import grpc
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, failed_precondition, invalid_argument, unimplemented
 from fusewire.service.rpc.serving import Serving
-from fusewire.service.rpc.validation import WIRE_MODES, kernel_mode
+from fusewire.service.rpc.validation import kernel_mode
+from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import admin_pb2 as pb
 
 log = logging.getLogger(__name__)

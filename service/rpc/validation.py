@@ -15,8 +15,8 @@ from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import failed_precondition, invalid_argument
 from fusewire.service.tokenizer import ChatTemplateError, Tokenizer
+from fusewire.service.wire import MODES
 from fusewire.v1 import generation_pb2 as pb
-from fusewire.v1 import kernel_pb2
 
 ROLES = ("system", "user", "assistant")
 MAX_CLIENT_ID_CHARACTERS = 256
@@ -28,13 +28,6 @@ MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 SHOWN_CHARACTERS = 40
 """How much of a bad string an error repeats."""
-
-MODES = {
-    kernel_pb2.KERNEL_MODE_UNFUSED: KernelMode.UNFUSED,
-    kernel_pb2.KERNEL_MODE_FUSED_NORM: KernelMode.FUSED_NORM,
-    kernel_pb2.KERNEL_MODE_FUSED: KernelMode.FUSED,
-}
-WIRE_MODES = {mode: wire for wire, mode in MODES.items()}
 
 AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensRequest
 
@@ -130,12 +123,10 @@ def kernel_mode(wire: int, field: str, ready: EngineReady) -> KernelMode | None:
         StatusError: INVALID_ARGUMENT for a number that is no mode, FAILED_PRECONDITION for a mode
             that the engine was not started with.
     """
-    if wire == kernel_pb2.KERNEL_MODE_UNSPECIFIED:
-        return None
-    mode = MODES.get(wire)  # type: ignore[call-overload]
-    if mode is None:
+    if wire not in MODES:
         raise invalid_argument(field, f"{wire} is no kernel mode")
-    if mode not in ready.kernel_backends:
+    mode = MODES[wire]
+    if mode is not None and mode not in ready.kernel_backends:
         raise failed_precondition(field, f"{mode} is not among {', '.join(ready.kernel_backends)}")
     return mode
 
@@ -207,7 +198,6 @@ def add_request(
         kernel_mode=kernel_mode(request.kernel_mode, "kernel_mode", ready),
         priority=request.priority,
         deadline=_deadline(stopping, call),
-        cache_salt=request.cache.salt,
     )
 
 

@@ -11,7 +11,6 @@ from grpc_health.v1 import health_pb2_grpc
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.client import (
-    WIRE_MODES,
     Answer,
     CallFailed,
     Client,
@@ -22,6 +21,7 @@ from fusewire.service.client import (
     to_plain,
 )
 from fusewire.service.terminal import milliseconds, stream_answer
+from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import admin_pb2, kernel_pb2
 from fusewire.v1 import generation_pb2 as pb
 from tests.tools.fake_server import FINISHED, FakeServer

@@ -55,7 +55,7 @@ class LocalEngine:
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-        ready = EngineReady(MODEL, "fake", "fake", modes, KernelMode.FUSED, 1, 64, 4, 8, 16)
+        ready = EngineReady(MODEL, "fake", "fake", modes, KernelMode.FUSED, 1, 64, 4, 8)
         self.engine = Engine(self.runner, Scheduler(self.pool, 8, 16, KernelMode.FUSED), ready, self.inbox)
         self.channel = Channel(path, self.inbox)
         self.thread = threading.Thread(target=self.engine.serve)

@@ -34,6 +34,7 @@ CONTEXT = 256
 VOCAB = 4096
 EOS = 4095
 MAX_RUNNING = 4
+MAX_STEP_TOKENS = 64
 NO_DEFAULTS = GenerationDefaults()
 BACKENDS = {KernelMode.UNFUSED: "torch-cpu", KernelMode.FUSED: "fake-fused"}
 
@@ -96,7 +97,6 @@ def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
         kv_blocks=256,
         block_size=4,
         max_running=MAX_RUNNING,
-        max_step_tokens=64,
     )
 
 
@@ -107,7 +107,7 @@ class LocalEngine:
         ready = describe(defaults)
         self.runner = ScriptedRunner()
         self.pool = BlockPool(ready.kv_blocks, ready.block_size)
-        scheduler = Scheduler(self.pool, ready.max_running, ready.max_step_tokens, ready.kernel_mode)
+        scheduler = Scheduler(self.pool, ready.max_running, MAX_STEP_TOKENS, ready.kernel_mode)
         inbox: Inbox = SimpleQueue()
         self._engine = Engine(self.runner, scheduler, ready, inbox)
         self._channel = Channel(socket_path, inbox)
