@@ -9,6 +9,8 @@ from torch import Tensor
 from fusewire.kernels.shape import QKNormShape
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALIGNMENT = 16
+"""Bytes: kernels load and store vectors of this size, so tensors must start at a multiple of it."""
 
 
 def check_qkv(qkv: Tensor, shape: QKNormShape) -> None:
@@ -26,6 +28,7 @@ def check_qkv(qkv: Tensor, shape: QKNormShape) -> None:
         raise ValueError(f"qkv: stride of the last dimension must be 1, got {qkv.stride(1)}")
     if len(qkv) > 1 and qkv.stride(0) < shape.qkv_width:
         raise ValueError(f"qkv: row stride must be at least {shape.qkv_width}, got {qkv.stride(0)}")
+    check_aligned("qkv", qkv)
 
 
 def check_tensor(
@@ -62,6 +65,18 @@ def check_cache(
     block_stride = cache.shape[1] * cache.stride(1)
     if len(cache) > 1 and cache.stride(0) != block_stride:
         raise ValueError(f"{name}: block stride must be {block_stride}, got {cache.stride(0)}")
+    check_aligned(name, cache)
+
+
+def check_aligned(name: str, tensor: Tensor) -> None:
+    """Check that a tensor starts where a vector may.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    beyond = tensor.data_ptr() % ALIGNMENT
+    if beyond:
+        raise ValueError(f"{name}: address must be a multiple of {ALIGNMENT}, got {beyond} bytes beyond one")
 
 
 def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:

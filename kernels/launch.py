@@ -1,6 +1,7 @@
 """Where Triton kernels run, and how large their tiles are."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,9 +18,20 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda" or INTERPRETED
 
 
+@lru_cache(maxsize=64)
+def architecture_of(device: torch.device) -> int:
+    """Compute capability as one number, 90 for sm_90; 0 where there is none."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one, which is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def rows_per_warp(row_bytes: int) -> int:

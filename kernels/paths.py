@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.kernels.ops import qk_norm_op, qk_norm_rope_cache_op
 from fusewire.kernels.packed import split_heads, write_kv
 from fusewire.kernels.qk_norm import qk_norm
 from fusewire.kernels.qk_norm_rope_cache import qk_norm_rope_cache
-from fusewire.kernels.rope import apply_rope
+from fusewire.kernels.rope import apply_rope, rope_rows
 from fusewire.kernels.shape import QKNormShape
 
 
@@ -41,7 +42,7 @@ class QKNormPath(Protocol):
             q_weight: `[head_dim]` in qkv's dtype.
             k_weight: likewise.
             rope_table: fp32 `[max_positions, rotary_dim]`, see `fusewire.kernels.rope.rope_table`.
-            positions: int64 `[T]`.
+            positions: int64 `[T]`; with mRoPE sections `[3, T]`: time, height and width.
             k_cache: `[num_blocks, block_size, num_kv_heads, head_dim]` in qkv's dtype; its last
                 block is the sink, see `fusewire.kernels.packed`.
             v_cache: likewise.
@@ -87,13 +88,34 @@ def fused_norm(
     shape: QKNormShape,
 ) -> Tensor:
     """Normalise q and k in one launch, then go on as `unfused` does; see `QKNormPath`."""
-    qk_norm(qkv, q_weight, k_weight, shape)
+    if torch.compiler.is_compiling():
+        heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
+        qk_norm_op(qkv, q_weight, k_weight, *heads, shape.eps)
+    else:
+        qk_norm(qkv, q_weight, k_weight, shape)
     q, k, v = split_heads(qkv, shape)
     return _rotate_and_write(q, k, v, rope_table, positions, k_cache, v_cache, slots, shape)
 
 
-fused: QKNormPath = qk_norm_rope_cache
-"""Norm, RoPE and the KV write in one launch, on a CPU in few torch passes."""
+def fused(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope_table: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    shape: QKNormShape,
+) -> Tensor:
+    """Run norm, RoPE and the KV write in one launch, on a CPU in few torch passes; see `QKNormPath`."""
+    if torch.compiler.is_compiling():
+        fields = shape.fields
+        return qk_norm_rope_cache_op(
+            qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, *fields
+        )
+    return qk_norm_rope_cache(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
+
 
 PATHS: Mapping[KernelMode, QKNormPath] = MappingProxyType(
     {KernelMode.UNFUSED: unfused, KernelMode.FUSED_NORM: fused_norm, KernelMode.FUSED: fused}
@@ -132,6 +154,6 @@ def _rotate_and_write(
     shape: QKNormShape,
 ) -> Tensor:
     """Rotate normed q and k, write k and v to their slots, return q."""
-    cos_sin = rope_table.index_select(0, positions).to(q.dtype)
+    cos_sin = rope_rows(rope_table, positions, shape).to(q.dtype)
     write_kv(apply_rope(k, cos_sin, shape.interleaved), v, k_cache, v_cache, slots)
     return apply_rope(q, cos_sin, shape.interleaved)

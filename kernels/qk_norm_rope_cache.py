@@ -5,39 +5,31 @@ Each head of packed qkv is read once and written once: q to a tensor of its own,
 slots. In between all is fp32, rounded once at the end. Knows nothing of layers or phases.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusewire.kernels.checks import check_cache, check_qkv, check_tensor
-from fusewire.kernels.launch import WARP_BYTES, on_device, rows_per_warp, runs_triton
+from fusewire.kernels.checks import check_aligned, check_cache, check_qkv, check_tensor
+from fusewire.kernels.launch import (
+    INTERPRETED,
+    WARP_BYTES,
+    architecture_of,
+    on_device,
+    rows_per_warp,
+    runs_triton,
+)
 from fusewire.kernels.packed import normed_heads, split_heads, write_kv
+from fusewire.kernels.plans import WIDE_ROWS, Plan, plan_for
 from fusewire.kernels.qk_norm import norm_heads_
-from fusewire.kernels.rope import rotate_
+from fusewire.kernels.rope import rope_rows, rotate_
 from fusewire.kernels.shape import QKNormShape
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a launch of up to `max_tokens` tokens cuts its work.
-
-    Programs have as many rows per warp under every plan, and a row lies within one warp. So the
-    order in which it is summed, and every bit of the result, is the same under every plan.
-    """
-
-    max_tokens: int
-    num_warps: int
-
-
-PLANS = (Plan(max_tokens=64, num_warps=1), Plan(max_tokens=sys.maxsize, num_warps=4))
-"""Few tokens spread their heads over the SMs, many fill larger programs."""
 
 
 def qk_norm_rope_cache(
@@ -69,7 +61,7 @@ def qk_norm_rope_cache(
             qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape
         )
     _check(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
-    plan = plan_for(len(qkv), shape, qkv.itemsize)
+    plan = site_plan(len(qkv), shape, qkv.dtype, qkv.device)
     return launch(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, plan)
 
 
@@ -84,13 +76,20 @@ def qk_norm_rope_cache_reference(
     slots: Tensor,
     shape: QKNormShape,
 ) -> Tensor:
-    """Do the kernel's work in torch, on any device; fp32 heads are worked on where they lie."""
-    heads = normed_heads(qkv, shape).float()  # qkv's own memory if it is fp32
+    """Do the kernel's work in torch, on any device."""
+    heads = normed_heads(qkv, shape).to(torch.float32, copy=True)
     norm_heads_(heads, q_weight, k_weight, shape)
-    rotate_(heads, rope_table.index_select(0, positions), shape.interleaved)
+    rotate_(heads, rope_rows(rope_table, positions, shape), shape.interleaved)
     q, k = heads.to(qkv.dtype).split((shape.num_q_heads, shape.num_kv_heads), dim=1)
     write_kv(k, split_heads(qkv, shape)[2], k_cache, v_cache, slots)
-    return q
+    return q.contiguous()
+
+
+def site_plan(num_tokens: int, shape: QKNormShape, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Choose the plan of a launch; a row wider than a warp has one for every size, to keep its bits."""
+    if max(_blocks(shape)) * dtype.itemsize > WARP_BYTES:
+        return WIDE_ROWS
+    return plan_for(num_tokens, architecture_of(device), shape.head_dim)
 
 
 def launch(
@@ -104,62 +103,82 @@ def launch(
     slots: Tensor,
     shape: QKNormShape,
     plan: Plan,
+    overlap: int = 0,
 ) -> Tensor:
     """Launch the kernel under a given plan; arguments are not checked."""
     num_tokens = len(qkv)
     q_out = torch.empty(num_tokens, shape.num_q_heads, shape.head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q_out
-    constants = tile_constants(shape, plan, qkv.itemsize)
-    grid = (triton.cdiv(num_tokens, constants["TOKENS"]) * constants["GROUPS"],)
+    strides = (qkv.stride(0), *k_cache.stride()[1:3], *v_cache.stride()[1:3])
+    compiled = _compile(qkv.device, qkv.dtype, strides, shape, plan, overlap)
+    num_programs = -(-num_tokens // compiled.tokens) * compiled.groups
     with on_device(qkv.device):
-        qk_norm_rope_cache_kernel[grid](
-            qkv,
-            q_weight,
-            k_weight,
-            rope_table,
-            positions,
-            slots,
-            q_out,
-            k_cache,
-            v_cache,
-            num_tokens,
-            qkv.stride(0),
-            k_cache.stride(1),
-            k_cache.stride(2),
-            v_cache.stride(1),
-            v_cache.stride(2),
-            shape.eps,
-            **constants,
-            num_warps=plan.num_warps,
-        )
+        compiled.kernel[num_programs, 1, 1](
+            qkv, q_weight, k_weight, rope_table, positions, slots, q_out, k_cache, v_cache,
+            num_tokens, *strides, shape.eps, *compiled.constants,
+        )  # fmt: skip
     return q_out
 
 
-def plan_for(num_tokens: int, shape: QKNormShape, itemsize: int) -> Plan:
-    """Choose the plan by the number of tokens; a row wider than a warp has only the last one."""
-    block_half, block_pass = _blocks(shape)
-    if max(block_half, block_pass) * itemsize > WARP_BYTES:
-        return PLANS[-1]
-    return next(plan for plan in PLANS if num_tokens <= plan.max_tokens)
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The kernel for one site, dtype and plan, and how its grid covers tokens and heads."""
+
+    kernel: Any
+    constants: tuple[int, ...]
+    tokens: int
+    """Tokens of a program."""
+    groups: int
+    """Programs that share them: of q, of k and of v heads."""
 
 
+@lru_cache(maxsize=1024)
+def _compile(
+    device: torch.device,
+    dtype: torch.dtype,
+    strides: tuple[int, ...],
+    shape: QKNormShape,
+    plan: Plan,
+    overlap: int,
+) -> _Compiled:
+    """Compile for aligned tensors and these strides; a launch looks it up, past Triton's own slower way."""
+    constants = tile_constants(shape, plan, dtype.itemsize, overlap)
+    heads = constants["HEADS"]
+    kernel = qk_norm_rope_cache_kernel
+    if not INTERPRETED:
+        pointers = (dtype, dtype, dtype, torch.float32, torch.int64, torch.int64, dtype, dtype, dtype)
+        with on_device(device):
+            kernel = kernel.warmup(
+                *pointers, 1, *strides, shape.eps, **constants,
+                grid=(1,), num_warps=plan.num_warps, launch_pdl=overlap > 0,
+            )  # fmt: skip
+    return _Compiled(
+        kernel,
+        tuple(constants.values()),
+        constants["ROWS"] // heads,
+        triton.cdiv(shape.num_q_heads, heads) + 2 * triton.cdiv(shape.num_kv_heads, heads),
+    )
+
+
+@lru_cache(maxsize=1024)
 def _blocks(shape: QKNormShape) -> tuple[int, int]:
     """Tile widths of half the rotated part and of the part that passes through."""
-    half, passed = shape.rotary_dim // 2, shape.head_dim - shape.rotary_dim
+    half, passed = shape.rotary_dim // 2, (shape.head_dim - shape.rotary_dim + 1) // 2
     return triton.next_power_of_2(half), triton.next_power_of_2(max(1, passed))
 
 
-@lru_cache(maxsize=256)
-def tile_constants(shape: QKNormShape, plan: Plan, itemsize: int) -> Mapping[str, int]:
-    """Derive the kernel's compile-time arguments: a program's tokens and heads, and block widths.
+@lru_cache(maxsize=1024)
+def tile_constants(shape: QKNormShape, plan: Plan, itemsize: int, overlap: int = 0) -> Mapping[str, int]:
+    """Derive the kernel's compile-time arguments, in its order.
 
-    A program handles heads of one kind, few enough that those of k and v fill it; GROUPS programs
-    share a block of TOKENS tokens.
+    A program handles heads of one kind, no more than there are k heads, so that no tile is mostly idle.
     """
     block_half, block_pass = _blocks(shape)
     rows = plan.num_warps * rows_per_warp(block_half * itemsize)
-    heads = min(rows, triton.next_power_of_2(min(shape.num_q_heads, shape.num_kv_heads)))
+    most = triton.next_power_of_2(min(shape.num_q_heads, shape.num_kv_heads))
+    heads = min(plan.heads, rows, most)
+    section = shape.mrope_section or (0, 0, 0)
     return MappingProxyType(
         {
             "NUM_Q_HEADS": shape.num_q_heads,
@@ -167,12 +186,17 @@ def tile_constants(shape: QKNormShape, plan: Plan, itemsize: int) -> Mapping[str
             "HEAD_DIM": shape.head_dim,
             "ROTARY_DIM": shape.rotary_dim,
             "INTERLEAVED": shape.interleaved,
-            "TOKENS": rows // heads,
+            "MROPE": shape.mrope_section is not None,
+            "MROPE_INTERLEAVED": shape.mrope_interleaved,
+            "SECTION_T": section[0],
+            "SECTION_H": section[1],
+            "SECTION_W": section[2],
+            "ROWS": rows,
             "HEADS": heads,
-            "GROUPS": triton.cdiv(shape.num_q_heads, heads) + 2 * triton.cdiv(shape.num_kv_heads, heads),
             "BLOCK_HALF": block_half,
             "BLOCK_PASS": block_pass,
             "BLOCK_D": triton.next_power_of_2(shape.head_dim),
+            "OVERLAP": overlap,
         }
     )
 
@@ -190,17 +214,20 @@ def _check(
 ) -> None:
     """Check everything that can be checked without looking at values, which would wait for the GPU."""
     check_qkv(qkv, shape)
-    tokens, dtype, device = len(qkv), qkv.dtype, qkv.device
+    tokens, dtype, device = qkv.shape[0], qkv.dtype, qkv.device
     check_tensor("q_weight", q_weight, (shape.head_dim,), dtype, device)
     check_tensor("k_weight", k_weight, (shape.head_dim,), dtype, device)
     check_tensor("rope_table", rope_table, (len(rope_table), shape.rotary_dim), torch.float32, device)
-    check_tensor("positions", positions, (tokens,), torch.int64, device)
+    for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight), ("rope_table", rope_table)):
+        check_aligned(name, tensor)
+    positions_shape = (tokens,) if shape.mrope_section is None else (3, tokens)
+    check_tensor("positions", positions, positions_shape, torch.int64, device)
     check_cache("k_cache", k_cache, shape, dtype, device)
     check_cache("v_cache", v_cache, shape, dtype, device)
     check_tensor("slots", slots, (tokens,), torch.int64, device)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def qk_norm_rope_cache_kernel(
     qkv: tl.tensor,
     q_weight: tl.tensor,
@@ -223,115 +250,167 @@ def qk_norm_rope_cache_kernel(
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
+    MROPE: tl.constexpr,
+    MROPE_INTERLEAVED: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
+    SECTION_W: tl.constexpr,
+    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
-    """Handle TOKENS x HEADS heads of one kind per program; the kinds follow each other in the grid."""
+    """Handle HEADS heads of one kind of ROWS / HEADS tokens; the kinds follow each other in the grid."""
     Q_GROUPS: tl.constexpr = (NUM_Q_HEADS + HEADS - 1) // HEADS
     KV_GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    GROUPS: tl.constexpr = Q_GROUPS + 2 * KV_GROUPS
     group = tl.program_id(0) % GROUPS
-    row = tl.arange(0, TOKENS * HEADS)
-    token = ((tl.program_id(0) // GROUPS) * TOKENS + row // HEADS).to(tl.int64)
+    row = tl.arange(0, ROWS)[:, None]
+    token = ((tl.program_id(0) // GROUPS) * (ROWS // HEADS) + row // HEADS).to(tl.int64)
     live = token < num_tokens
+    head = (row % HEADS).to(tl.int64)
     source = qkv + token * qkv_stride
+    if OVERLAP > 0:
+        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP == 1:
+        tl.extra.cuda.gdc_wait()
 
     if group < Q_GROUPS:
-        head = (group * HEADS + row % HEADS).to(tl.int64)
-        keep = live & (head < NUM_Q_HEADS)
-        table_row = rope_table + tl.load(positions + token, mask=keep, other=0) * ROTARY_DIM
-        target = q_out + (token * NUM_Q_HEADS + head) * HEAD_DIM
+        head += group * HEADS
+        there = live & (head < NUM_Q_HEADS)
         _norm_rotate(
-            source + head * HEAD_DIM, target, keep, q_weight, table_row, eps,
-            HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF, BLOCK_PASS,
+            source + head * HEAD_DIM, q_out + (token * NUM_Q_HEADS + head) * HEAD_DIM, there, there,
+            q_weight, rope_table, positions + token, live, num_tokens, eps,
+            HEAD_DIM, ROTARY_DIM, INTERLEAVED, MROPE, MROPE_INTERLEAVED, SECTION_T, SECTION_H, SECTION_W,
+            BLOCK_HALF, BLOCK_PASS, OVERLAP,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
-        head = ((group - Q_GROUPS) * HEADS + row % HEADS).to(tl.int64)
+        head += (group - Q_GROUPS) * HEADS
+        there = live & (head < NUM_KV_HEADS)
         slot = tl.load(slots + token, mask=live, other=-1)
-        keep = (slot >= 0) & (head < NUM_KV_HEADS)
-        table_row = rope_table + tl.load(positions + token, mask=keep, other=0) * ROTARY_DIM
-        target = k_cache + slot * k_slot_stride + head * k_head_stride
         _norm_rotate(
-            source + (NUM_Q_HEADS + head) * HEAD_DIM, target, keep, k_weight, table_row, eps,
-            HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF, BLOCK_PASS,
+            source + (NUM_Q_HEADS + head) * HEAD_DIM, k_cache + slot * k_slot_stride + head * k_head_stride,
+            there, there & (slot >= 0), k_weight, rope_table, positions + token, live, num_tokens, eps,
+            HEAD_DIM, ROTARY_DIM, INTERLEAVED, MROPE, MROPE_INTERLEAVED, SECTION_T, SECTION_H, SECTION_W,
+            BLOCK_HALF, BLOCK_PASS, OVERLAP,
         )  # fmt: skip
     else:
-        head = ((group - Q_GROUPS - KV_GROUPS) * HEADS + row % HEADS).to(tl.int64)
+        head += (group - Q_GROUPS - KV_GROUPS) * HEADS
+        there = live & (head < NUM_KV_HEADS)
         slot = tl.load(slots + token, mask=live, other=-1)
-        keep = (slot >= 0) & (head < NUM_KV_HEADS)
         column = tl.arange(0, BLOCK_D)[None, :]
-        mask = keep[:, None] & (column < HEAD_DIM)
-        target = v_cache + slot * v_slot_stride + head * v_head_stride
-        v = tl.load((source + (NUM_Q_HEADS + NUM_KV_HEADS + head) * HEAD_DIM)[:, None] + column, mask=mask)
-        tl.store(target[:, None] + column, v, mask=mask)
+        if OVERLAP == 2:
+            tl.extra.cuda.gdc_wait()
+        v = tl.load(
+            source + (NUM_Q_HEADS + NUM_KV_HEADS + head) * HEAD_DIM + column, mask=there & (column < HEAD_DIM)
+        )
+        target = v_cache + slot * v_slot_stride + head * v_head_stride + column
+        tl.store(target, v, mask=there & (slot >= 0) & (column < HEAD_DIM))
 
 
 @triton.jit
 def _norm_rotate(
     source: tl.tensor,
     target: tl.tensor,
+    there: tl.tensor,
     keep: tl.tensor,
     weight: tl.tensor,
-    table_row: tl.tensor,
+    rope_table: tl.tensor,
+    position: tl.tensor,
+    live: tl.tensor,
+    num_tokens: tl.tensor,
     eps: tl.tensor,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    MROPE: tl.constexpr,
+    MROPE_INTERLEAVED: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
+    SECTION_W: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
-    """Norm and rotate one head per row, from `source` to `target`, pointers `[ROWS]` to heads.
+    """Norm and rotate one head per row: those that are `there`, to `target` those to `keep`.
 
     A row is held as the two partners of each rotated pair and the part that passes through, so the
-    rotation stays within a thread.
+    rotation stays within a thread. Heads are loaded first: nothing that they wait for comes before.
     """
-    HALF: tl.constexpr = ROTARY_DIM // 2
-    first, second = _load_pairs(source[:, None], keep[:, None], HALF, INTERLEAVED, BLOCK_HALF)
-    sum_squares = tl.sum(first * first + second * second, axis=1)
-    if ROTARY_DIM < HEAD_DIM:
-        rest = ROTARY_DIM + tl.arange(0, BLOCK_PASS)[None, :]
-        rest_mask = keep[:, None] & (rest < HEAD_DIM)
-        passed = tl.load(source[:, None] + rest, mask=rest_mask, other=0.0).to(tl.float32)
-        sum_squares += tl.sum(passed * passed, axis=1)
-    rrms = tl.rsqrt(sum_squares / HEAD_DIM + eps)[:, None]
+    PASSED: tl.constexpr = HEAD_DIM - ROTARY_DIM
+    if OVERLAP < 2:
+        first, second = _load_pairs(source, there, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
+        if PASSED > 0:
+            third, fourth = _load_pairs(source + ROTARY_DIM, there, PASSED, INTERLEAVED, BLOCK_PASS)
 
-    # Each row loads the weight for itself: a tile of the heads' layout needs no exchange between lanes.
-    weight_row = weight + tl.zeros_like(keep).to(tl.int32)
-    w_first, w_second = _load_pairs(weight_row[:, None], keep[:, None], HALF, INTERLEAVED, BLOCK_HALF)
-    cos, sin = _load_pairs(table_row[:, None], keep[:, None], HALF, False, BLOCK_HALF)
+    # Each row loads weight and angles for itself: lanes need no exchange, equal addresses are one access.
+    at = tl.load(position, mask=live, other=0)
+    cos, sin = _load_pairs(rope_table + at * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
+    if MROPE:
+        pair = tl.arange(0, BLOCK_HALF)[None, :]
+        at = tl.load(position + num_tokens, mask=live, other=0)
+        cos_h, sin_h = _load_pairs(rope_table + at * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
+        at = tl.load(position + 2 * num_tokens.to(tl.int64), mask=live, other=0)
+        cos_w, sin_w = _load_pairs(rope_table + at * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
+        if MROPE_INTERLEAVED:
+            by_height = (pair % 3 == 1) & (pair < 3 * SECTION_H)
+            by_width = (pair % 3 == 2) & (pair < 3 * SECTION_W)
+        else:
+            by_height = (pair >= SECTION_T) & (pair < SECTION_T + SECTION_H)
+            by_width = pair >= SECTION_T + SECTION_H
+        cos = tl.where(by_height, cos_h, tl.where(by_width, cos_w, cos))
+        sin = tl.where(by_height, sin_h, tl.where(by_width, sin_w, sin))
+    weight_row = weight + tl.zeros_like(live).to(tl.int32)
+    w_first, w_second = _load_pairs(weight_row, live, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
+
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_wait()
+        first, second = _load_pairs(source, there, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
+        if PASSED > 0:
+            third, fourth = _load_pairs(source + ROTARY_DIM, there, PASSED, INTERLEAVED, BLOCK_PASS)
+
+    sum_squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
+    if PASSED > 0:
+        sum_squares += tl.sum(third * third + fourth * fourth, axis=1, keep_dims=True)
+    rrms = tl.rsqrt(sum_squares / HEAD_DIM + eps)
     first *= rrms * w_first
     second *= rrms * w_second
     _store_pairs(
-        target[:, None], keep[:, None], first * cos - second * sin, second * cos + first * sin,
-        HALF, INTERLEAVED, BLOCK_HALF,
-    )  # fmt: skip
-    if ROTARY_DIM < HEAD_DIM:
-        w_rest = tl.load(weight_row[:, None] + rest, mask=rest_mask, other=0.0).to(tl.float32)
-        passed *= rrms * w_rest
-        tl.store(target[:, None] + rest, passed.to(target.dtype.element_ty), mask=rest_mask)
+        target,
+        keep,
+        first * cos - second * sin,
+        second * cos + first * sin,
+        ROTARY_DIM,
+        INTERLEAVED,
+        BLOCK_HALF,
+    )
+    if PASSED > 0:
+        w_third, w_fourth = _load_pairs(weight_row + ROTARY_DIM, live, PASSED, INTERLEAVED, BLOCK_PASS)
+        third *= rrms * w_third
+        fourth *= rrms * w_fourth
+        _store_pairs(target + ROTARY_DIM, keep, third, fourth, PASSED, INTERLEAVED, BLOCK_PASS)
 
 
 @triton.jit
 def _load_pairs(
     row: tl.tensor,
-    keep: tl.tensor,
-    HALF: tl.constexpr,
+    there: tl.tensor,
+    WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Load both partners of each pair of rows `[ROWS, 1]` as two fp32 `[ROWS, BLOCK_HALF]`."""
+    """Load the first WIDTH elements of rows `[ROWS, 1]`, pairs apart, as two fp32 `[ROWS, BLOCK_HALF]`."""
     if INTERLEAVED:
         column = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-        both = tl.load(row + column, mask=keep & (column < 2 * HALF), other=0.0).to(tl.float32)
+        both = tl.load(row + column, mask=there & (column < WIDTH), other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(both, (row.shape[0], BLOCK_HALF, 2)))
     else:
         column = tl.arange(0, BLOCK_HALF)[None, :]
-        mask = keep & (column < HALF)
-        first = tl.load(row + column, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(row + HALF + column, mask=mask, other=0.0).to(tl.float32)
+        HALF: tl.constexpr = (WIDTH + 1) // 2
+        first = tl.load(row + column, mask=there & (column < HALF), other=0.0).to(tl.float32)
+        second = tl.load(row + HALF + column, mask=there & (HALF + column < WIDTH), other=0.0).to(tl.float32)
     return first, second
 
 
@@ -341,7 +420,7 @@ def _store_pairs(
     keep: tl.tensor,
     first: tl.tensor,
     second: tl.tensor,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ) -> None:
@@ -350,9 +429,9 @@ def _store_pairs(
     if INTERLEAVED:
         column = tl.arange(0, 2 * BLOCK_HALF)[None, :]
         both = tl.reshape(tl.join(first, second), (row.shape[0], 2 * BLOCK_HALF))
-        tl.store(row + column, both.to(dtype), mask=keep & (column < 2 * HALF))
+        tl.store(row + column, both.to(dtype), mask=keep & (column < WIDTH))
     else:
         column = tl.arange(0, BLOCK_HALF)[None, :]
-        mask = keep & (column < HALF)
-        tl.store(row + column, first.to(dtype), mask=mask)
-        tl.store(row + HALF + column, second.to(dtype), mask=mask)
+        HALF: tl.constexpr = (WIDTH + 1) // 2
+        tl.store(row + column, first.to(dtype), mask=keep & (column < HALF))
+        tl.store(row + HALF + column, second.to(dtype), mask=keep & (HALF + column < WIDTH))

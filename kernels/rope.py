@@ -7,6 +7,8 @@ a model uses (scaled or not) is the model's to say. Source: RoFormer, https://ar
 import torch
 from torch import Tensor
 
+from fusewire.kernels.shape import QKNormShape
+
 
 def rope_frequencies(theta: float, rotary_dim: int, device: torch.device | None = None) -> Tensor:
     """Angles per position of the unscaled embedding, `theta ** (-2i / rotary_dim)`, fp32 `[rotary_dim/2]`."""
@@ -31,6 +33,25 @@ def rope_table(inv_freq: Tensor, max_positions: int, attention_scaling: float = 
     positions = torch.arange(max_positions, dtype=torch.float32, device=inv_freq.device)
     angles = torch.outer(positions, inv_freq)
     return torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(attention_scaling)
+
+
+def rope_rows(table: Tensor, positions: Tensor, shape: QKNormShape) -> Tensor:
+    """Look up the cos and sin by which each token is turned.
+
+    Args:
+        table: fp32 `[max_positions, rotary_dim]` of `rope_table`.
+        positions: int64 `[T]`; with mRoPE sections `[3, T]`: time, height and width.
+
+    Returns:
+        fp32 `[T, rotary_dim]`.
+    """
+    if shape.mrope_section is None:
+        return table.index_select(0, positions)
+    by_axis = table[positions].unflatten(-1, (2, -1))  # [3, T, 2, pairs]
+    rows = by_axis[0].clone()
+    for axis, pairs in enumerate(shape.turned_by_height_and_width, start=1):
+        rows[..., pairs] = by_axis[axis, ..., pairs]
+    return rows.flatten(-2)
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:

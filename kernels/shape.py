@@ -22,6 +22,11 @@ class QKNormShape:
     """The leading elements of a head that RoPE rotates; the others pass through."""
     interleaved: bool = False
     """Element 2i is paired with 2i + 1 (GPT-J, GLM); else i with i + rotary_dim/2 (GPT-NeoX, Qwen3)."""
+    mrope_section: tuple[int, int, int] | None = None
+    """Multimodal RoPE (https://arxiv.org/abs/2409.12191): how many of the rotary_dim/2 pairs turn by a
+    token's time, height and width; positions are then `[3, T]`. None turns all by one position."""
+    mrope_interleaved: bool = False
+    """Sections take turns (t, h, w, t, h, w, ..., t: Qwen3-VL) instead of following one another."""
 
     def __post_init__(self) -> None:
         """Check that there are heads, and that the rotation covers whole pairs inside a head."""
@@ -34,11 +39,47 @@ class QKNormShape:
             raise ValueError(
                 f"rotary_dim: must be even and within [2, head_dim = {self.head_dim}], got {self.rotary_dim}"
             )
+        if self.mrope_section is not None:
+            self._check_sections(self.mrope_section)
+        elif self.mrope_interleaved:
+            raise ValueError("mrope_interleaved: needs mrope_section, got None")
+
+    def _check_sections(self, section: tuple[int, int, int]) -> None:
+        """Check that three sections make up all pairs, and that interleaved ones have room."""
+        pairs = self.rotary_dim // 2
+        if len(section) != 3 or min(section) < 0 or sum(section) != pairs:
+            raise ValueError(
+                f"mrope_section: must be 3 counts that add up to rotary_dim/2 = {pairs}, got {section}"
+            )
+        if self.mrope_interleaved and max(3 * section[1] - 1, 3 * section[2]) > pairs:
+            raise ValueError(
+                f"mrope_section: height and width do not fit {pairs} interleaved pairs, got {section}"
+            )
+
+    @property
+    def fields(self) -> tuple[int, int, int, float, int, bool, list[int] | None, bool]:
+        """The fields in order, as an operator's schema can take them."""
+        section = list(self.mrope_section) if self.mrope_section is not None else None
+        heads = (self.num_q_heads, self.num_kv_heads, self.head_dim)
+        return (*heads, self.eps, self.rotary_dim, self.interleaved, section, self.mrope_interleaved)
 
     @property
     def num_normed_heads(self) -> int:
         """Heads that are normalised: those of q and k."""
         return self.num_q_heads + self.num_kv_heads
+
+    @property
+    def turned_by_height_and_width(self) -> tuple[slice, slice]:
+        """Which of the rotary_dim/2 pairs turn by height, and which by width; the others turn by time.
+
+        The two orders are those of transformers' `modeling_qwen2_vl.py` and `modeling_qwen3_vl.py`.
+        """
+        if self.mrope_section is None:
+            return slice(0), slice(0)
+        time, height, width = self.mrope_section
+        if self.mrope_interleaved:
+            return slice(1, 3 * height, 3), slice(2, 3 * width, 3)
+        return slice(time, time + height), slice(time + height, time + height + width)
 
     @property
     def q_width(self) -> int:

@@ -29,9 +29,14 @@ def site_shape(
     *,
     rotary_dim: int | None = None,
     interleaved: bool = False,
+    mrope_section: tuple[int, int, int] | None = None,
+    mrope_interleaved: bool = False,
 ) -> QKNormShape:
     """A shape whose rotation covers the whole head unless said otherwise."""
-    return QKNormShape(num_q_heads, num_kv_heads, head_dim, 1e-6, rotary_dim or head_dim, interleaved)
+    return QKNormShape(
+        num_q_heads, num_kv_heads, head_dim, 1e-6, rotary_dim or head_dim, interleaved,
+        mrope_section, mrope_interleaved,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,14 @@ def make_case(
     slots = torch.randperm((num_blocks - 1) * block_size, generator=generator)[:tokens]
     slots[list(dropped)] = -1
     q_weight, k_weight = (torch.rand(2, shape.head_dim, generator=generator) + 0.5).to(dtype)
+    positions_shape = (tokens,) if shape.mrope_section is None else (3, tokens)
     cache = torch.full((num_blocks, block_size, shape.num_kv_heads, shape.head_dim), POISON, dtype=dtype)
     return Case(
         storage.to(device)[:, : shape.qkv_width],
         q_weight.to(device),
         k_weight.to(device),
         rope_table(rope_frequencies(1e4, shape.rotary_dim), max_positions).to(device),
-        torch.randint(max_positions, (tokens,), generator=generator).to(device),
+        torch.randint(max_positions, positions_shape, generator=generator).to(device),
         cache.to(device, copy=True),
         cache.to(device, copy=True),
         slots.to(device),
@@ -132,12 +138,28 @@ def expected(case: Case) -> Expected:
     shape = case.shape
     heads = case.qkv.double().unflatten(-1, (-1, shape.head_dim))
     q, k, v = heads.split((shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
-    rows = case.rope_table.double()[case.positions]
-    turn = torch.complex(*rows.chunk(2, dim=-1))[:, None]  # [T, 1, rotary_dim / 2]
+    turns = torch.complex(*case.rope_table.double().chunk(2, dim=-1))[case.positions]
+    if shape.mrope_section is not None:
+        turns = torch.stack([turns[axis, :, pair] for pair, axis in enumerate(axes(shape))], dim=-1)
+    turn = turns[:, None]  # [T, 1, rotary_dim / 2]
     kept = case.slots >= 0
     q = _turn(normed(q, case.q_weight, shape.eps), turn, shape)
     k = _turn(normed(k, case.k_weight, shape.eps), turn, shape)
     return Expected(q, k[kept], v[kept])
+
+
+def axes(shape: QKNormShape) -> list[int]:
+    """Which of a token's three positions turns each pair, spelled out one pair after the other."""
+    time, height, width = shape.mrope_section
+    if not shape.mrope_interleaved:
+        return [0] * time + [1] * height + [2] * width
+    left = {1: height, 2: width}
+    order = []
+    for pair in range(sum(shape.mrope_section)):
+        axis = pair % 3 if left.get(pair % 3, 0) > 0 else 0
+        left[axis] = left.get(axis, 0) - 1
+        order.append(axis)
+    return order
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

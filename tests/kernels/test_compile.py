@@ -1,4 +1,4 @@
-"""The kernels compile for A100 and H100 without a GPU, with vector loads and without spills."""
+"""The kernels compile for A100, L40, H100 and B200 without a GPU, with vector loads and without spills."""
 
 import re
 
@@ -8,11 +8,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusewire.kernels import qk_norm, qk_norm_rope_cache
-from fusewire.kernels.qk_norm_rope_cache import PLANS
+from fusewire.kernels.plans import PLANS
 from tests.kernels.cases import site_shape
 
 ALIGNED = [["tt.divisibility", 16]]
-NOT_SPECIALISED = ("num_rows", "num_tokens", "eps")
+NOT_SPECIALISED = ("num_rows", "num_tokens", "eps", "positions", "slots")
 BF16 = 2
 """Bytes of an element."""
 
@@ -45,7 +45,7 @@ def assert_vectorised_without_spills(ptx):
     assert ".local" not in ptx
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
 @pytest.mark.parametrize("head_dim", [80, 128])
 def test_norm_in_place(architecture, head_dim):
     constants = qk_norm.tile_constants(site_shape(16, 8, head_dim), BF16)
@@ -55,10 +55,10 @@ def test_norm_in_place(architecture, head_dim):
     assert ".shared" not in ptx
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
 @pytest.mark.parametrize("head_dim", [80, 128])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.num_warps}-warps")
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.num_warps}-warps-{plan.heads}-heads")
 def test_norm_rope_and_cache_write(architecture, head_dim, interleaved, plan):
     shape = site_shape(16, 8, head_dim, interleaved=interleaved)
     constants = qk_norm_rope_cache.tile_constants(shape, plan, BF16)

@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import PATHS, fused, fused_norm, unfused
-from fusewire.kernels.qk_norm_rope_cache import PLANS, launch
+from fusewire.kernels.plans import PLANS
+from fusewire.kernels.qk_norm_rope_cache import launch
 from tests.kernels.cases import (
     POISON,
     ROUNDED_ONCE,
@@ -35,6 +36,8 @@ SHAPES = [
     site_shape(8, 8, 256),
     site_shape(12, 2, 128, rotary_dim=64, interleaved=True),
     site_shape(4, 2, 96, interleaved=True),
+    site_shape(16, 8, 128, mrope_section=(24, 20, 20), mrope_interleaved=True),
+    site_shape(16, 8, 128, mrope_section=(16, 24, 24)),
 ]
 
 
@@ -65,7 +68,7 @@ def test_paths_agree_with_float64(path, dtype, shape, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.num_warps}-warps")
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_one_launch_rounds_once_and_skips_dropped_tokens(dtype, shape, plan):
     case = on_gpu(shape, 67, dtype, dropped=(0, 66))
     want, qkv_before = expected(case), case.qkv.clone()
@@ -94,7 +97,8 @@ def test_a_token_alone_is_bitwise_the_token_in_a_batch(path, shape):
     together = path(*case.copy().args())
     for token in (0, 517, 1029):
         one = slice(token, token + 1)
-        picked = {name: getattr(case, name)[one] for name in ("qkv", "positions", "slots")}
+        picked = {name: getattr(case, name)[..., one] for name in ("positions", "slots")}
+        picked["qkv"] = case.qkv[one]
         assert torch.equal(path(*Case(**vars(case) | picked).copy().args()), together[one])
 
 

@@ -6,8 +6,11 @@ from transformers import Qwen3Config
 from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as rotate_glm4
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb as rotate_qwen3
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from fusewire.kernels.rope import apply_rope, rope_frequencies, rope_table, rotate_
+from fusewire.kernels.rope import apply_rope, rope_frequencies, rope_rows, rope_table, rotate_
+from tests.kernels.cases import site_shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,6 +59,17 @@ def test_in_place_is_the_same_rotation(rotary_dim, interleaved):
     rotate_(x, cos_sin, interleaved)
     torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
     assert torch.equal(x[..., rotary_dim:], want[..., rotary_dim:])
+
+
+def test_interleaved_sections_are_those_of_qwen3_vl():
+    section = (24, 20, 20)
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": list(section)}
+    embedding = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=128, rope_parameters=rope))
+    positions = torch.randint(500, (3, 11))
+    cos, sin = embedding(torch.zeros(1), positions[:, None])
+    shape = site_shape(16, 8, 128, mrope_section=section, mrope_interleaved=True)
+    rows = rope_rows(rope_table(rope_frequencies(5e6, 128), 500), positions, shape)
+    torch.testing.assert_close(rows, torch.cat((cos[0, :, :64], sin[0, :, :64]), -1), rtol=1e-6, atol=1e-6)
 
 
 def draw(head_dim, rotary_dim, dtype):

@@ -1,5 +1,6 @@
 """The shape of a site refuses what no kernel could run, and derives its widths."""
 
+import re
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -39,3 +40,17 @@ def test_a_shape_is_frozen_and_a_key():
     assert {shape: 1}[QKNormShape(**QWEN3)] == 1
     with pytest.raises(FrozenInstanceError):
         shape.eps = 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mrope_section": (32, 16, 15)}, "mrope_section: must be 3 counts that add up to rotary_dim/2 = 64"),
+        ({"mrope_section": (66, -1, -1)}, "mrope_section: must be 3 counts"),
+        ({"mrope_section": (0, 32, 32), "mrope_interleaved": True}, "mrope_section: height and width do not"),
+        ({"mrope_interleaved": True}, "mrope_interleaved: needs mrope_section, got None"),
+    ],
+)
+def test_sections_that_do_not_cover_the_pairs_are_refused(fields, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        QKNormShape(**QWEN3 | fields)

@@ -4,9 +4,12 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fusewire.kernels import qk_norm_rope_cache as module
-from fusewire.kernels.qk_norm_rope_cache import PLANS, launch, plan_for, qk_norm_rope_cache
+from fusewire.kernels.plans import PLANS
+from fusewire.kernels.qk_norm_rope_cache import launch, qk_norm_rope_cache, site_plan
 from tests.kernels.cases import (
     POISON,
     ROUNDED_ONCE,
@@ -17,7 +20,7 @@ from tests.kernels.cases import (
     sparse_zeros,
 )
 
-PLAN_NAMES = [f"{plan.num_warps}-warps" for plan in PLANS]
+PLAN_NAMES = [f"{plan.num_warps}-warps-{plan.heads}-heads" for plan in PLANS]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +78,7 @@ def test_both_pairings_and_partial_rotation(head_dim, rotary_dim, interleaved, p
 def test_any_number_of_tokens_and_any_row_stride(tokens, row_padding):
     shape = site_shape(5, 1, 16)
     case = make_case(shape, tokens, row_padding=row_padding)
-    check(case, plan_for(tokens, shape, 4), ROUNDED_ONCE[torch.float32])
+    check(case, site_plan(tokens, shape, torch.float32, case.qkv.device), ROUNDED_ONCE[torch.float32])
 
 
 def test_bfloat16_within_one_unit():
@@ -130,11 +133,49 @@ def test_rows_and_slots_past_32_bits_of_offset():
     assert torch.equal(far_v[0, slots].double(), want.v)
 
 
-def test_plans_cover_every_size_and_wide_rows_have_one():
-    assert [plan.max_tokens for plan in PLANS] == sorted({plan.max_tokens for plan in PLANS})
-    assert plan_for(2**40, site_shape(), 2) == PLANS[-1]
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("mrope_interleaved", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("section", [(16, 8, 8), (12, 10, 10), (32, 0, 0)])
+def test_three_positions_turn_their_sections(section, interleaved, mrope_interleaved, plan):
+    shape = site_shape(
+        4, 2, 80, rotary_dim=64, interleaved=interleaved,
+        mrope_section=section, mrope_interleaved=mrope_interleaved,
+    )  # fmt: skip
+    check(make_case(shape, 5, dropped=(2,)), plan, ROUNDED_ONCE[torch.float32])
+
+
+def test_a_row_wider_than_a_warp_has_one_plan_at_every_size():
     wide = site_shape(1, 1, 2048)
-    assert plan_for(1, wide, 4) == plan_for(2**20, wide, 4) == PLANS[-1]
+    plans = {site_plan(tokens, wide, torch.float32, torch.device("cpu")) for tokens in (1, 64, 65, 2**20)}
+    assert len(plans) == 1
+
+
+@st.composite
+def sites(draw):
+    """Any shape of a site that a model could have, with few programs."""
+    head_dim = draw(st.sampled_from([16, 40, 64, 80, 96, 128, 256]))
+    rotary_dim = 2 * draw(st.integers(1, head_dim // 2))
+    kv_heads = draw(st.integers(1, 8))
+    return site_shape(
+        kv_heads * draw(st.integers(1, 5)), kv_heads, head_dim,
+        rotary_dim=rotary_dim, interleaved=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=sites(),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    padding=st.sampled_from([0, 8, 24]),
+    plan=st.sampled_from(PLANS),
+    seed=st.integers(0, 2**16),
+)
+def test_any_site_any_batch(shape, tokens, dtype, padding, plan, seed):
+    dropped = tuple(token for token in range(tokens) if (seed >> token) & 1 and token % 3 == 0)
+    case = make_case(shape, tokens, dtype, seed=seed, row_padding=padding, dropped=dropped)
+    check(case, plan, ROUNDED_ONCE[dtype])
 
 
 HALF = "dtype must be torch.float32, got torch.float16"
@@ -151,6 +192,12 @@ HALF = "dtype must be torch.float32, got torch.float16"
             torch.zeros(9, 64).half(),
             TypeError,
             "dtype must be torch.float32, got torch.float16",
+        ),
+        (
+            "qkv",
+            torch.zeros(1025)[1:].view(2, 512),
+            ValueError,
+            "address must be a multiple of 16, got 4 bytes beyond one",
         ),
         ("positions", torch.zeros(3).long(), ValueError, "shape must be (2,), got (3,)"),
         ("positions", torch.zeros(2).int(), TypeError, "dtype must be torch.int64, got torch.int32"),
