@@ -9,6 +9,9 @@ import triton
 WARP_BYTES = 512
 """What 32 lanes load with one 16-byte vector each."""
 
+OVERLAPPING = 90
+"""The first architecture whose launches may begin before the one before them has ended."""
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1: kernels run in Python on CPU tensors, for tests."""
 

@@ -43,8 +43,8 @@ _DEFAULT = (Bucket(64, _SPREAD), Bucket(_ANY_SIZE, _DENSE))
 
 TABLE: Mapping[tuple[int, int], tuple[Bucket, ...]] = MappingProxyType(
     {
-        (90, 64): _DEFAULT,
-        (90, 128): (Bucket(64, _ONE_HEAD), Bucket(_ANY_SIZE, _DENSE)),
+        (90, 64): (Bucket(256, _SPREAD), Bucket(_ANY_SIZE, _DENSE)),
+        (90, 128): (Bucket(128, _ONE_HEAD), Bucket(_ANY_SIZE, _DENSE)),
     }
 )
 """Buckets by (compute capability, head_dim), smallest first; another key takes the default."""

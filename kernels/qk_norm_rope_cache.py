@@ -19,6 +19,7 @@ from torch import Tensor
 from fusewire.kernels.checks import check_aligned, check_cache, check_qkv, check_tensor
 from fusewire.kernels.launch import (
     INTERPRETED,
+    OVERLAPPING,
     WARP_BYTES,
     architecture_of,
     on_device,
@@ -42,12 +43,18 @@ def qk_norm_rope_cache(
     v_cache: Tensor,
     slots: Tensor,
     shape: QKNormShape,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """Norm and rotate q and k, write k and v to their slots: the kernel on CUDA, the twin on a CPU.
 
-    The arguments are those of `fusewire.kernels.paths.QKNormPath`. The kernel writes nothing at all
-    for a token of negative slot and leaves qkv as it was; the twin writes to the sink and
-    overwrites qkv.
+    The arguments are those of `fusewire.kernels.paths.QKNormPath`. qkv is left as it was. The kernel
+    writes nothing at all for a token of negative slot; the twin writes to the sink.
+
+    Args:
+        overlap: start while the launch before still runs (programmatic dependent launch, from sm_90
+            on, without effect elsewhere). The launch before must not write positions, slots or
+            weights, which are read before it has ended; qkv and the caches it may write.
 
     Returns:
         q `[T, num_q_heads, head_dim]`.
@@ -62,7 +69,10 @@ def qk_norm_rope_cache(
         )
     _check(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
     plan = site_plan(len(qkv), shape, qkv.dtype, qkv.device)
-    return launch(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, plan)
+    overlap = overlap and architecture_of(qkv.device) >= OVERLAPPING
+    return launch(
+        qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, plan, overlap
+    )
 
 
 def qk_norm_rope_cache_reference(
@@ -103,7 +113,7 @@ def launch(
     slots: Tensor,
     shape: QKNormShape,
     plan: Plan,
-    overlap: int = 0,
+    overlap: bool = False,
 ) -> Tensor:
     """Launch the kernel under a given plan; arguments are not checked."""
     num_tokens = len(qkv)
@@ -140,7 +150,7 @@ def _compile(
     strides: tuple[int, ...],
     shape: QKNormShape,
     plan: Plan,
-    overlap: int,
+    overlap: bool,
 ) -> _Compiled:
     """Compile for aligned tensors and these strides; a launch looks it up, past Triton's own slower way."""
     constants = tile_constants(shape, plan, dtype.itemsize, overlap)
@@ -151,7 +161,7 @@ def _compile(
         with on_device(device):
             kernel = kernel.warmup(
                 *pointers, 1, *strides, shape.eps, **constants,
-                grid=(1,), num_warps=plan.num_warps, launch_pdl=overlap > 0,
+                grid=(1,), num_warps=plan.num_warps, launch_pdl=overlap,
             )  # fmt: skip
     return _Compiled(
         kernel,
@@ -169,7 +179,7 @@ def _blocks(shape: QKNormShape) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)
-def tile_constants(shape: QKNormShape, plan: Plan, itemsize: int, overlap: int = 0) -> Mapping[str, int]:
+def tile_constants(shape: QKNormShape, plan: Plan, itemsize: int, overlap: bool = False) -> Mapping[str, int]:
     """Derive the kernel's compile-time arguments, in its order.
 
     A program handles heads of one kind, no more than there are k heads, so that no tile is mostly idle.
@@ -272,10 +282,8 @@ def qk_norm_rope_cache_kernel(
     live = token < num_tokens
     head = (row % HEADS).to(tl.int64)
     source = qkv + token * qkv_stride
-    if OVERLAP > 0:
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAP == 1:
-        tl.extra.cuda.gdc_wait()
 
     if group < Q_GROUPS:
         head += group * HEADS
@@ -301,7 +309,7 @@ def qk_norm_rope_cache_kernel(
         there = live & (head < NUM_KV_HEADS)
         slot = tl.load(slots + token, mask=live, other=-1)
         column = tl.arange(0, BLOCK_D)[None, :]
-        if OVERLAP == 2:
+        if OVERLAP:
             tl.extra.cuda.gdc_wait()
         v = tl.load(
             source + (NUM_Q_HEADS + NUM_KV_HEADS + head) * HEAD_DIM + column, mask=there & (column < HEAD_DIM)
@@ -337,23 +345,29 @@ def _norm_rotate(
     """Norm and rotate one head per row: those that are `there`, to `target` those to `keep`.
 
     A row is held as the two partners of each rotated pair and the part that passes through, so the
-    rotation stays within a thread. Heads are loaded first: nothing that they wait for comes before.
+    rotation stays within a thread. Nothing that the heads would have to wait for is used before them.
     """
     PASSED: tl.constexpr = HEAD_DIM - ROTARY_DIM
-    if OVERLAP < 2:
-        first, second = _load_pairs(source, there, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
-        if PASSED > 0:
-            third, fourth = _load_pairs(source + ROTARY_DIM, there, PASSED, INTERLEAVED, BLOCK_PASS)
-
     # Each row loads weight and angles for itself: lanes need no exchange, equal addresses are one access.
-    at = tl.load(position, mask=live, other=0)
+    weight_row = weight + tl.zeros_like(live).to(tl.int32)
+    if OVERLAP:  # what the launch before does not write, then wait for it
+        at = tl.load(position, mask=live, other=0)
+        w_first, w_second = _load_pairs(weight_row, live, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
+        tl.extra.cuda.gdc_wait()
+    first, second = _load_pairs(source, there, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
+    if PASSED > 0:
+        third, fourth = _load_pairs(source + ROTARY_DIM, there, PASSED, INTERLEAVED, BLOCK_PASS)
+    if not OVERLAP:
+        at = tl.load(position, mask=live, other=0)
     cos, sin = _load_pairs(rope_table + at * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
+    if not OVERLAP:
+        w_first, w_second = _load_pairs(weight_row, live, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
     if MROPE:
+        at_h = tl.load(position + num_tokens, mask=live, other=0)
+        at_w = tl.load(position + 2 * num_tokens.to(tl.int64), mask=live, other=0)
+        cos_h, sin_h = _load_pairs(rope_table + at_h * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
+        cos_w, sin_w = _load_pairs(rope_table + at_w * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
         pair = tl.arange(0, BLOCK_HALF)[None, :]
-        at = tl.load(position + num_tokens, mask=live, other=0)
-        cos_h, sin_h = _load_pairs(rope_table + at * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
-        at = tl.load(position + 2 * num_tokens.to(tl.int64), mask=live, other=0)
-        cos_w, sin_w = _load_pairs(rope_table + at * ROTARY_DIM, live, ROTARY_DIM, False, BLOCK_HALF)
         if MROPE_INTERLEAVED:
             by_height = (pair % 3 == 1) & (pair < 3 * SECTION_H)
             by_width = (pair % 3 == 2) & (pair < 3 * SECTION_W)
@@ -362,14 +376,6 @@ def _norm_rotate(
             by_width = pair >= SECTION_T + SECTION_H
         cos = tl.where(by_height, cos_h, tl.where(by_width, cos_w, cos))
         sin = tl.where(by_height, sin_h, tl.where(by_width, sin_w, sin))
-    weight_row = weight + tl.zeros_like(live).to(tl.int32)
-    w_first, w_second = _load_pairs(weight_row, live, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
-
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_wait()
-        first, second = _load_pairs(source, there, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
-        if PASSED > 0:
-            third, fourth = _load_pairs(source + ROTARY_DIM, there, PASSED, INTERLEAVED, BLOCK_PASS)
 
     sum_squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
     if PASSED > 0:

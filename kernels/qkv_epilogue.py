@@ -36,7 +36,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_DOT = 16
 """Both sides of a tile product are at least this, for Triton's `dot`."""
 
-_PAIRS_A_THREAD = 32
+_PAIRS_A_THREAD = 16
 """Pairs of a tile that a thread turns at once: more, with their angles, would not fit its registers."""
 
 
@@ -263,6 +263,11 @@ def _block_half(shape: QKNormShape) -> int:
     return max(_LEAST_DOT, triton.next_power_of_2(shape.head_dim // 2))
 
 
+def _tokens_at_once(shape: QKNormShape, plan: EpiloguePlan) -> int:
+    """Tokens whose pairs a program turns at once; parts that come from the workspace are few, and not cut."""
+    return max(_LEAST_DOT, _PAIRS_A_THREAD * 32 * plan.num_warps // _block_half(shape))
+
+
 @lru_cache(maxsize=1024)
 def tile_constants(
     shape: QKNormShape, plan: EpiloguePlan, width: int, *, bias: bool, epilogue: bool
@@ -290,7 +295,7 @@ def tile_constants(
             "BLOCK_HALF": _block_half(shape),
             "BLOCK_K": plan.block_k,
             "SPLIT_K": plan.split_k,
-            "AT_ONCE": max(_LEAST_DOT, _PAIRS_A_THREAD * 32 * plan.num_warps // _block_half(shape)),
+            "AT_ONCE": plan.block_t if plan.split_k > 1 else _tokens_at_once(shape, plan),
         }
     )
 

@@ -8,6 +8,7 @@ from fusewire.kernels.ops import qk_norm_op, qk_norm_rope_cache_op
 from fusewire.kernels.paths import PATHS
 from tests.kernels.cases import make_case, site_shape
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its tracer, about itself
 SITES = [
     site_shape(4, 2, 64),
     site_shape(4, 2, 64, rotary_dim=32, interleaved=True),
