@@ -23,7 +23,7 @@ def fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_ptx(kernel, constants, types, num_warps, architecture):
+def compile_ptx(kernel, constants, types, num_warps, architecture, **options):
     """Compile as the launcher would with aligned pointers and strides that are multiples of 16."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -32,7 +32,7 @@ def compile_ptx(kernel, constants, types, num_warps, architecture):
             attributes[index,] = ALIGNED
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps} | options)
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
@@ -61,7 +61,32 @@ def test_norm_in_place(architecture, head_dim):
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.num_warps}-warps-{plan.heads}-heads")
 def test_norm_rope_and_cache_write(architecture, head_dim, interleaved, plan):
     shape = site_shape(16, 8, head_dim, interleaved=interleaved)
-    constants = qk_norm_rope_cache.tile_constants(shape, plan, BF16)
+    ptx = compile_step(shape, plan, architecture)
+    assert_vectorised_without_spills(ptx)
+    assert ".shared" not in ptx  # the rotation stays within a thread, the sum within a warp
+
+
+@pytest.mark.parametrize(
+    "shape", [site_shape(32, 8, 128, rotary_dim=64), site_shape(32, 8, 96, rotary_dim=48)]
+)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_what_passes_through_lies_in_the_lanes_of_what_turns(shape, plan):
+    ptx = compile_step(shape, plan, 90)
+    assert_vectorised_without_spills(ptx)
+    assert ".shared" not in ptx
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_launch_that_overlaps_waits_for_the_one_before(plan):
+    shape = site_shape(16, 8, 128)
+    waits = compile_step(shape, plan, 90, overlap=True)
+    assert_vectorised_without_spills(waits)
+    assert "griddepcontrol.wait" in waits
+    assert "griddepcontrol" not in compile_step(shape, plan, 90)
+
+
+def compile_step(shape, plan, architecture, *, overlap=False):
+    constants = qk_norm_rope_cache.tile_constants(shape, plan, BF16, overlap)
     strides = ("qkv_stride", "k_slot_stride", "k_head_stride", "v_slot_stride", "v_head_stride")
     types = dict.fromkeys(strides, "i32") | {
         "rope_table": "*fp32",
@@ -71,6 +96,4 @@ def test_norm_rope_and_cache_write(architecture, head_dim, interleaved, plan):
         "eps": "fp32",
     }
     kernel = qk_norm_rope_cache.qk_norm_rope_cache_kernel
-    ptx = compile_ptx(kernel, constants, types, plan.num_warps, architecture)
-    assert_vectorised_without_spills(ptx)
-    assert ".shared" not in ptx  # the rotation stays within a thread, the sum within a warp
+    return compile_ptx(kernel, constants, types, plan.num_warps, architecture, launch_pdl=overlap)
