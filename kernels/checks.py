@@ -1,7 +1,11 @@
 """What a Triton launcher verifies before it hands raw pointers to a kernel.
 
-Every message names the argument, what it must be and what it is.
+Every message names the argument, what it must be and what it is. A launcher that is called over and
+over checks `Layout`s, which are equal for equal tensors, so that what was checked once is only looked up.
 """
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +17,48 @@ ALIGNMENT = 16
 """Bytes: kernels load and store vectors of this size, so tensors must start at a multiple of it."""
 
 
-def check_qkv(qkv: Tensor, shape: QKNormShape) -> None:
+Fields: TypeAlias = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]
+
+
+def fields_of(tensor: Tensor) -> Fields:
+    """Read dtype, device, shape and strides: what `Layout` is made of."""
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor without its memory; answers as far as the checks ask."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def dim(self) -> int:
+        """Count the dimensions."""
+        return len(self.shape)
+
+    def stride(self, dim: int | None = None) -> Any:
+        """Stride of one dimension in elements, or of all."""
+        return self.strides if dim is None else self.strides[dim]
+
+    def is_contiguous(self) -> bool:
+        """Tell whether elements lie row after row without gaps; the stride of one or no entry is free."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size > 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+Checked: TypeAlias = Tensor | Layout
+
+
+def check_qkv(qkv: Checked, shape: QKNormShape) -> None:
     """Check that qkv is `[T, qkv_width]` of a float type, its rows contiguous and not overlapping.
 
     Raises:
@@ -28,11 +73,10 @@ def check_qkv(qkv: Tensor, shape: QKNormShape) -> None:
         raise ValueError(f"qkv: stride of the last dimension must be 1, got {qkv.stride(1)}")
     if len(qkv) > 1 and qkv.stride(0) < shape.qkv_width:
         raise ValueError(f"qkv: row stride must be at least {shape.qkv_width}, got {qkv.stride(0)}")
-    check_aligned("qkv", qkv)
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str, tensor: Checked, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Check that an argument is a contiguous tensor of this shape and dtype on qkv's device.
 
@@ -48,7 +92,7 @@ def check_tensor(
 
 
 def check_cache(
-    name: str, cache: Tensor, shape: QKNormShape, dtype: torch.dtype, device: torch.device
+    name: str, cache: Checked, shape: QKNormShape, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Check that a cache is `[num_blocks, block_size, nk, d]` with evenly spaced slots.
 
@@ -65,21 +109,23 @@ def check_cache(
     block_stride = cache.shape[1] * cache.stride(1)
     if len(cache) > 1 and cache.stride(0) != block_stride:
         raise ValueError(f"{name}: block stride must be {block_stride}, got {cache.stride(0)}")
-    check_aligned(name, cache)
 
 
-def check_aligned(name: str, tensor: Tensor) -> None:
-    """Check that a tensor starts where a vector may.
+def check_aligned(**tensors: Tensor) -> None:
+    """Check that tensors start where a vector may.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: naming the first that does not.
     """
-    beyond = tensor.data_ptr() % ALIGNMENT
-    if beyond:
-        raise ValueError(f"{name}: address must be a multiple of {ALIGNMENT}, got {beyond} bytes beyond one")
+    for name, tensor in tensors.items():
+        beyond = tensor.data_ptr() % ALIGNMENT
+        if beyond:
+            raise ValueError(
+                f"{name}: address must be a multiple of {ALIGNMENT}, got {beyond} bytes beyond one"
+            )
 
 
-def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _check_kind(name: str, tensor: Checked, dtype: torch.dtype, device: torch.device) -> None:
     """Check dtype and device."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: dtype must be {dtype}, got {tensor.dtype}")

@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusewire.kernels.checks import check_aligned, check_cache, check_qkv, check_tensor
+from fusewire.kernels.checks import (
+    Fields,
+    Layout,
+    check_aligned,
+    check_cache,
+    check_qkv,
+    check_tensor,
+    fields_of,
+)
 from fusewire.kernels.launch import (
     INTERPRETED,
     OVERLAPPING,
@@ -95,6 +103,7 @@ def qk_norm_rope_cache_reference(
     return q.contiguous()
 
 
+@lru_cache(maxsize=4096)
 def site_plan(num_tokens: int, shape: QKNormShape, dtype: torch.dtype, device: torch.device) -> Plan:
     """Choose the plan of a launch; a row wider than a warp has one for every size, to keep its bits."""
     if max(_blocks(shape)) * dtype.itemsize > WARP_BYTES:
@@ -223,18 +232,39 @@ def _check(
     shape: QKNormShape,
 ) -> None:
     """Check everything that can be checked without looking at values, which would wait for the GPU."""
-    check_qkv(qkv, shape)
-    tokens, dtype, device = qkv.shape[0], qkv.dtype, qkv.device
-    check_tensor("q_weight", q_weight, (shape.head_dim,), dtype, device)
-    check_tensor("k_weight", k_weight, (shape.head_dim,), dtype, device)
-    check_tensor("rope_table", rope_table, (len(rope_table), shape.rotary_dim), torch.float32, device)
-    for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight), ("rope_table", rope_table)):
-        check_aligned(name, tensor)
+    _check_layouts(
+        fields_of(qkv), fields_of(q_weight), fields_of(k_weight), fields_of(rope_table),
+        fields_of(positions), fields_of(k_cache), fields_of(v_cache), fields_of(slots), shape,
+    )  # fmt: skip
+    check_aligned(
+        qkv=qkv, q_weight=q_weight, k_weight=k_weight, rope_table=rope_table, k_cache=k_cache, v_cache=v_cache
+    )
+
+
+@lru_cache(maxsize=4096)
+def _check_layouts(
+    qkv: Fields,
+    q_weight: Fields,
+    k_weight: Fields,
+    rope_table: Fields,
+    positions: Fields,
+    k_cache: Fields,
+    v_cache: Fields,
+    slots: Fields,
+    shape: QKNormShape,
+) -> None:
+    """Check what does not change while the layouts stay the same; what was raised is not remembered."""
+    dtype, device, (tokens, *_), _ = qkv
+    check_qkv(Layout(*qkv), shape)
+    check_tensor("q_weight", Layout(*q_weight), (shape.head_dim,), dtype, device)
+    check_tensor("k_weight", Layout(*k_weight), (shape.head_dim,), dtype, device)
+    table_shape = (rope_table[2][0], shape.rotary_dim)
+    check_tensor("rope_table", Layout(*rope_table), table_shape, torch.float32, device)
     positions_shape = (tokens,) if shape.mrope_section is None else (3, tokens)
-    check_tensor("positions", positions, positions_shape, torch.int64, device)
-    check_cache("k_cache", k_cache, shape, dtype, device)
-    check_cache("v_cache", v_cache, shape, dtype, device)
-    check_tensor("slots", slots, (tokens,), torch.int64, device)
+    check_tensor("positions", Layout(*positions), positions_shape, torch.int64, device)
+    check_cache("k_cache", Layout(*k_cache), shape, dtype, device)
+    check_cache("v_cache", Layout(*v_cache), shape, dtype, device)
+    check_tensor("slots", Layout(*slots), (tokens,), torch.int64, device)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])

@@ -381,133 +381,171 @@ def qkv_epilogue_kernel(
     tile = tl.program_id(0) // SPLIT_K
     part = tl.program_id(0) % SPLIT_K
     head, first_token = _place(tile, num_tokens, HEADS, BLOCK_T)
+    if EPILOGUE:  # asked for before the product, which hides the wait
+        slot, position = _look_up(slots, positions, first_token, num_tokens, BLOCK_T)
+        scale = tl.where(head < NUM_Q_HEADS, q_weight, k_weight)
+        scale_one, scale_two = _load_columns(scale, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF)
     first, second = _products(
         hidden + first_token * hidden_stride, weight + head.to(tl.int64) * HEAD_DIM * K,
         num_tokens - first_token, hidden_stride, part,
         K, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF, BLOCK_K, SPLIT_K,
     )  # fmt: skip
+    if EPILOGUE:  # before the parts meet, which hides the wait again
+        cos, sin = _angles(rope_table, position, ROTARY_DIM, BLOCK_HALF)
     if SPLIT_K > 1:
-        own = partials + tile.to(tl.int64) * (SPLIT_K * 2 * BLOCK_T * BLOCK_HALF)
-        cell = tl.arange(0, BLOCK_T)[:, None] * BLOCK_HALF + tl.arange(0, BLOCK_HALF)[None, :]
-        mine = own + part * (2 * BLOCK_T * BLOCK_HALF) + cell
-        tl.store(mine, first, cache_modifier=".cg")
-        tl.store(mine + BLOCK_T * BLOCK_HALF, second, cache_modifier=".cg")
+        SIZE: tl.constexpr = BLOCK_T * BLOCK_HALF
+        shared = partials + tile.to(tl.int64) * (SPLIT_K * 2 * SIZE)
+        shared += tl.arange(0, BLOCK_T)[:, None] * BLOCK_HALF + tl.arange(0, BLOCK_HALF)[None, :]
+        tl.store(shared + part * 2 * SIZE, first, cache_modifier=".cg")
+        tl.store(shared + part * 2 * SIZE + SIZE, second, cache_modifier=".cg")
         tl.debug_barrier()  # all of the program's stores, before one thread says so
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived < SPLIT_K - 1:
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") < SPLIT_K - 1:
             return
         tl.store(arrivals + tile, 0)
-        first = tl.load(own + cell, cache_modifier=".cg")
-        second = tl.load(own + BLOCK_T * BLOCK_HALF + cell, cache_modifier=".cg")
+        first = tl.load(shared, cache_modifier=".cg")
+        second = tl.load(shared + SIZE, cache_modifier=".cg")
         for other in tl.static_range(1, SPLIT_K):
-            theirs = own + other * (2 * BLOCK_T * BLOCK_HALF) + cell
-            first += tl.load(theirs, cache_modifier=".cg")
-            second += tl.load(theirs + BLOCK_T * BLOCK_HALF, cache_modifier=".cg")
+            first += tl.load(shared + other * 2 * SIZE, cache_modifier=".cg")
+            second += tl.load(shared + other * 2 * SIZE + SIZE, cache_modifier=".cg")
 
-    _finish(
-        first, second, head, first_token, bias, q_weight, k_weight, rope_table, positions, slots,
-        out, k_cache, v_cache, num_tokens, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride, eps,
-        NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BIAS, EPILOGUE,
-        BLOCK_T, BLOCK_HALF, AT_ONCE,
-    )  # fmt: skip
+    if BIAS:
+        bias_one, bias_two = _load_columns(
+            bias + head * HEAD_DIM, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF
+        )
+        first += bias_one
+        second += bias_two
+    if not EPILOGUE:
+        token = first_token + tl.arange(0, BLOCK_T)[:, None]
+        target = out + token * (HEADS * HEAD_DIM) + head * HEAD_DIM
+        keep = token < num_tokens
+        _store(target, keep, first, second, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF)
+    elif head < NUM_Q_HEADS + NUM_KV_HEADS:
+        _norm_rotate_store(
+            first, second, scale_one, scale_two, cos, sin, slot, head, first_token, rope_table, positions,
+            slots, out, k_cache, num_tokens, k_slot_stride, k_head_stride, eps,
+            NUM_Q_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF, AT_ONCE,
+        )  # fmt: skip
+    else:
+        target = v_cache + slot * v_slot_stride + (head - NUM_Q_HEADS - NUM_KV_HEADS) * v_head_stride
+        _store(target, slot >= 0, first, second, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF)
 
 
 @triton.jit
-def _finish(
+def _norm_rotate_store(
     first: tl.tensor,
     second: tl.tensor,
+    scale_one: tl.tensor,
+    scale_two: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slot: tl.tensor,
     head: tl.tensor,
     first_token: tl.tensor,
-    bias: tl.tensor,
-    q_weight: tl.tensor,
-    k_weight: tl.tensor,
     rope_table: tl.tensor,
     positions: tl.tensor,
     slots: tl.tensor,
-    out: tl.tensor,
+    q_out: tl.tensor,
     k_cache: tl.tensor,
-    v_cache: tl.tensor,
     num_tokens: tl.tensor,
     k_slot_stride: tl.tensor,
     k_head_stride: tl.tensor,
-    v_slot_stride: tl.tensor,
-    v_head_stride: tl.tensor,
     eps: tl.tensor,
     NUM_Q_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ) -> None:
-    """Finish one head of BLOCK_T tokens, AT_ONCE tokens at a time: angles take registers too."""
+    """Finish one q or k head of BLOCK_T tokens, AT_ONCE tokens at a time.
+
+    Angles take as many registers as the head itself. Where both do not fit, the halves of a tile look
+    up their own, one after the other, and what was looked up for the whole tile is never loaded.
+    """
     if BLOCK_T > AT_ONCE:
         HALF_T: tl.constexpr = BLOCK_T // 2
         first_a, first_b = _halves(first, HALF_T, BLOCK_HALF)
         second_a, second_b = _halves(second, HALF_T, BLOCK_HALF)
-        _finish(
-            first_a, second_a, head, first_token, bias, q_weight, k_weight, rope_table, positions, slots,
-            out, k_cache, v_cache, num_tokens, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride, eps,
-            NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BIAS, EPILOGUE,
-            HALF_T, BLOCK_HALF, AT_ONCE,
+        slot, position = _look_up(slots, positions, first_token, num_tokens, HALF_T)
+        cos, sin = _angles(rope_table, position, ROTARY_DIM, BLOCK_HALF)
+        _norm_rotate_store(
+            first_a, second_a, scale_one, scale_two, cos, sin, slot, head, first_token, rope_table, positions,
+            slots, q_out, k_cache, num_tokens, k_slot_stride, k_head_stride, eps,
+            NUM_Q_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, HALF_T, BLOCK_HALF, AT_ONCE,
         )  # fmt: skip
-        _finish(
-            first_b, second_b, head, first_token + HALF_T, bias, q_weight, k_weight, rope_table, positions, slots,
-            out, k_cache, v_cache, num_tokens, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride, eps,
-            NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BIAS, EPILOGUE,
-            HALF_T, BLOCK_HALF, AT_ONCE,
+        first_token += HALF_T
+        slot, position = _look_up(slots, positions, first_token, num_tokens, HALF_T)
+        cos, sin = _angles(rope_table, position, ROTARY_DIM, BLOCK_HALF)
+        _norm_rotate_store(
+            first_b, second_b, scale_one, scale_two, cos, sin, slot, head, first_token, rope_table, positions,
+            slots, q_out, k_cache, num_tokens, k_slot_stride, k_head_stride, eps,
+            NUM_Q_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, HALF_T, BLOCK_HALF, AT_ONCE,
         )  # fmt: skip
     else:
-        pair = tl.arange(0, BLOCK_HALF)[None, :]
-        one, two = _columns(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
-        real = pair < HEAD_DIM // 2
-        if BIAS:
-            first += tl.load(bias + head * HEAD_DIM + one, mask=real, other=0.0).to(tl.float32)
-            second += tl.load(bias + head * HEAD_DIM + two, mask=real, other=0.0).to(tl.float32)
+        sum_squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
+        rrms = tl.rsqrt(sum_squares / HEAD_DIM + eps)
+        first *= rrms * scale_one
+        second *= rrms * scale_two
         token = first_token + tl.arange(0, BLOCK_T)[:, None]
-        live = token < num_tokens
-        if not EPILOGUE:
-            HEADS: tl.constexpr = NUM_Q_HEADS + 2 * NUM_KV_HEADS
-            target = out + token * (HEADS * HEAD_DIM) + head * HEAD_DIM
-            _store(target, live, first, second, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF)
-        elif head < NUM_Q_HEADS + NUM_KV_HEADS:
-            is_q = head < NUM_Q_HEADS
-            scale = tl.where(is_q, q_weight, k_weight)
-            scale_one = tl.load(scale + one, mask=real, other=0.0).to(tl.float32)
-            scale_two = tl.load(scale + two, mask=real, other=0.0).to(tl.float32)
-            position = tl.load(positions + token, mask=live, other=0)
-            angle = rope_table + position * ROTARY_DIM + pair
-            turns = live & (pair < ROTARY_DIM // 2)
-            cos = tl.load(angle, mask=turns, other=1.0)
-            sin = tl.load(angle + ROTARY_DIM // 2, mask=turns, other=0.0)
-            mean = tl.sum(first * first + second * second, axis=1, keep_dims=True) / HEAD_DIM
-            rrms = tl.rsqrt(mean + eps)
-            first *= rrms * scale_one
-            second *= rrms * scale_two
-            turned = first * cos - second * sin
-            second = second * cos + first * sin
-            slot = tl.load(slots + token, mask=live, other=-1)
-            if is_q:
-                target = out + token * (NUM_Q_HEADS * HEAD_DIM) + head * HEAD_DIM
-            else:
-                target = k_cache + slot * k_slot_stride + (head - NUM_Q_HEADS) * k_head_stride
-            keep = live & (is_q | (slot >= 0))
-            _store(target, keep, turned, second, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF)
+        if head < NUM_Q_HEADS:
+            target = q_out + token * (NUM_Q_HEADS * HEAD_DIM) + head * HEAD_DIM
+            keep = token < num_tokens
         else:
-            slot = tl.load(slots + token, mask=live, other=-1)
-            target = v_cache + slot * v_slot_stride + (head - NUM_Q_HEADS - NUM_KV_HEADS) * v_head_stride
-            keep = live & (slot >= 0)
-            _store(target, keep, first, second, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF)
+            target = k_cache + slot * k_slot_stride + (head - NUM_Q_HEADS) * k_head_stride
+            keep = slot >= 0
+        _store(
+            target, keep, first * cos - second * sin, second * cos + first * sin,
+            HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_T, BLOCK_HALF,
+        )  # fmt: skip
 
 
 @triton.jit
 def _halves(x: tl.tensor, HALF_T: tl.constexpr, BLOCK_HALF: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Cut the first and the last HALF_T tokens out of `[2 * HALF_T, BLOCK_HALF]`."""
     return tl.split(tl.permute(tl.reshape(x, (2, HALF_T, BLOCK_HALF)), (1, 2, 0)))
+
+
+@triton.jit
+def _look_up(
+    slots: tl.tensor,
+    positions: tl.tensor,
+    first_token: tl.tensor,
+    num_tokens: tl.tensor,
+    BLOCK_T: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load the slots and positions of BLOCK_T tokens, `[BLOCK_T, 1]` each; no token, no slot."""
+    token = first_token + tl.arange(0, BLOCK_T)[:, None]
+    live = token < num_tokens
+    return tl.load(slots + token, mask=live, other=-1), tl.load(positions + token, mask=live, other=0)
+
+
+@triton.jit
+def _angles(
+    rope_table: tl.tensor, position: tl.tensor, ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load cos and sin of each pair, `[BLOCK_T, BLOCK_HALF]` each; pairs that pass through turn by 0."""
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    angle = rope_table + position * ROTARY_DIM + pair
+    turns = pair < ROTARY_DIM // 2
+    cos = tl.load(angle, mask=turns, other=1.0)
+    return cos, tl.load(angle + ROTARY_DIM // 2, mask=turns, other=0.0)
+
+
+@triton.jit
+def _load_columns(
+    row: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load both partners of each pair from a row of HEAD_DIM elements, fp32 `[1, BLOCK_HALF]` each."""
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    one, two = _columns(pair, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    real = pair < HEAD_DIM // 2
+    first = tl.load(row + one, mask=real, other=0.0).to(tl.float32)
+    return first, tl.load(row + two, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service import manual
+from fusewire.service.bench.options import add_arguments as add_bench_arguments
 from fusewire.service.config import ConfigError, Option, serve_options
 
 PUBLIC_TARGET = "127.0.0.1:50051"
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_mode(commands)
     _add_health(commands)
     _add_drain(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -199,6 +201,16 @@ def _add_drain(commands: Commands) -> None:
     _add_json(parser)
     _add_connection(parser, ADMIN_TARGET)
     parser.set_defaults(run="drain")
+
+
+def _add_bench(commands: Commands) -> None:
+    summary = "measure Fusewire and what it is compared with"
+    parser = _add(commands, "bench", summary, manual.BENCH_DESCRIPTION, manual.BENCH_EXAMPLES)
+    subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
+    summary = "the kernel paths beside other ways to compute them"
+    kernels = _add(subjects, "kernels", summary, manual.BENCH_KERNELS_DESCRIPTION, manual.BENCH_EXAMPLES)
+    add_bench_arguments(kernels)
+    kernels.set_defaults(run="bench kernels")
 
 
 def _add(

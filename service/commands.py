@@ -5,16 +5,18 @@ Answers go to standard output, everything else to standard error. Knows the wire
 """
 
 import os
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service.bench.options import read_options
 from fusewire.service.chat import Conversation, turn
 from fusewire.service.client import Client, Connection, UnusableOption, to_plain
 from fusewire.service.config import ServeConfig, load_config
-from fusewire.service.terminal import print_json, show_answer, stream_answer
+from fusewire.service.terminal import CommandFailed, print_json, show_answer, stream_answer
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2
 
@@ -118,6 +120,15 @@ def drain(args: Namespace) -> int:
     return 0
 
 
+def bench_kernels(args: Namespace) -> int:
+    """Measure the kernels in a process of its own, which may import torch, and pass on how it ended."""
+    command = [sys.executable, "-m", "fusewire.service.bench.kernels", *read_options(args).all_flags()]
+    status = subprocess.run(command, check=False).returncode
+    if status < 0:
+        raise CommandFailed(f"the benchmark was ended by signal {-status}")
+    return status
+
+
 COMMANDS: Mapping[str, Callable[[Namespace], int]] = {
     "serve": serve,
     "demo": demo,
@@ -127,6 +138,7 @@ COMMANDS: Mapping[str, Callable[[Namespace], int]] = {
     "mode set": mode_set,
     "health": health,
     "drain": drain,
+    "bench kernels": bench_kernels,
 }
 
 

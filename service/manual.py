@@ -124,3 +124,30 @@ examples:
   fusewire demo --prompt 'Once upon a time' --max-tokens 96
   fusewire demo --json
 """
+
+BENCH_DESCRIPTION = """\
+Measure what Fusewire is made of on this machine, beside other ways to do the same. Every figure comes
+with the device, the versions and the command it was measured with.
+"""
+
+BENCH_KERNELS_DESCRIPTION = """\
+Measure the QK-norm step (per-head RMSNorm of q and k, RoPE, paged KV write) on Fusewire's three paths
+and beside them: F.rms_norm with torch operations, torch.compile, the step as three Triton launches and
+each of them alone, vLLM, FlashInfer and Liger where they can be imported, and a copy of the same bytes.
+
+Each contender is first checked against float64 on fresh data. On CUDA it is then timed as calls in one
+CUDA graph over rotating buffers, from a cold L2 cache, and as eager calls by the clock. Shares are of
+the rate at which this device copies 1 GiB, measured in the same run, by the bytes that cannot be
+avoided. On a CPU there is wall time only. Contenders that cannot take part or fail are listed with the
+reason.
+"""
+
+BENCH_EXAMPLES = """
+examples:
+  fusewire bench kernels                          every contender, the default sizes
+  fusewire bench kernels --heads 32/8 --tokens 1,4096 --only unfused,fused
+  fusewire bench kernels --out run.json --plot run.png
+  fusewire bench kernels --from run.json          show a saved run
+  fusewire bench kernels --claim kernel           is one norm kernel 2-7x faster?
+  fusewire bench kernels --claim prefill          is a launch-bound prefill forward 2x faster?
+"""

@@ -1,6 +1,7 @@
 """compute-sanitizer on the kernels: no stray access, no race, no read of what nothing wrote."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SANITIZER = shutil.which("compute-sanitizer")
-FOUND = 97
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer (a part of the CUDA toolkit)"),
@@ -19,25 +18,26 @@ pytestmark = [
 ]
 
 
-def watch(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the launches under a tool that looks at our kernels alone; exit code FOUND is a finding."""
+def findings(tool: str, *arguments: str) -> list[str]:
+    """Run the launches under a tool and return the lines that put a finding inside one of our kernels.
+
+    Findings inside torch's own kernels are torch's: of reads past what it has initialised there are many.
+    """
     command = [
-        str(SANITIZER), "--tool", tool, "--error-exitcode", str(FOUND),
-        "--kernel-name", "kernel_substring=qk_norm",
+        str(SANITIZER), "--tool", tool, "--print-limit", "100000", "--show-backtrace", "no",
         sys.executable, "-m", "tests.tools.launch_kernels", *arguments,
     ]  # fmt: skip
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=590)
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=590)
+    assert "COMPUTE-SANITIZER" in run.stdout, run.stderr
+    assert arguments or "launched" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    return [line for line in run.stdout.splitlines() if re.search(r"\bat .*(qk_norm|qkv_epilogue)", line)]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_the_kernels_are_clean(tool):
-    run = watch(tool)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "launched" in run.stdout
+    assert findings(tool) == []
 
 
 def test_a_launch_past_the_end_is_found():
-    run = watch("memcheck", "--plant")
-    assert run.returncode != 0
-    assert "Invalid __global__ read" in run.stdout
+    assert findings("memcheck", "--plant")

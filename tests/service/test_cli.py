@@ -21,7 +21,19 @@ from fusewire.v1 import kernel_pb2
 from tests.tools.fake_server import FINISHED, REQUEST_ID, FakeServer
 from tests.tools.server_process import free_port
 
-COMMANDS = ["serve", "demo", "generate", "chat", "mode", "mode get", "mode set", "health", "drain"]
+COMMANDS = [
+    "serve",
+    "demo",
+    "generate",
+    "chat",
+    "mode",
+    "mode get",
+    "mode set",
+    "health",
+    "drain",
+    "bench",
+    "bench kernels",
+]
 TEXT = "Hello, wörld 🌍"
 PROCESS_SECONDS = 60
 

@@ -1,0 +1,71 @@
+"""`fusewire bench kernels` itself: measures or loads a run, then saves, draws and prints it.
+
+Runs in a process of its own, `python -m fusewire.service.bench.kernels`, with the flags of the command
+line; torch is loaded only to measure. Answers go to standard output, progress to standard error.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fusewire.service.bench import plot, results, table
+from fusewire.service.bench.options import BenchOptions, OptionError, add_arguments, read_options
+from fusewire.service.bench.results import ResultsError, Run
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="fusewire bench kernels", allow_abbrev=False)
+    add_arguments(parser)
+    options = read_options(parser.parse_args(argv))
+    try:
+        _run(options)
+        sys.stdout.flush()
+    except (OptionError, ResultsError) as error:
+        print(f"fusewire: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # nobody reads the output any more; let the last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return 0
+
+
+def _run(options: BenchOptions) -> None:
+    options.check()
+    if options.plot is not None:
+        plot.require_matplotlib()  # before minutes of measuring
+    run = _measure(options) if options.source is None else results.load(options.source)
+    if options.plot is not None:
+        plot.draw(run, options.plot)
+    print(results.to_json(run) if options.json else table.as_text(run))
+
+
+def _measure(options: BenchOptions) -> Run:
+    """Measure what is asked for; the file of --out holds what there is at any time."""
+    from fusewire.service.bench.claims import measure_prefill
+    from fusewire.service.bench.measure import measure_grid, say
+
+    measure = measure_prefill if options.claim == "prefill" else measure_grid
+    run = measure(options, say, lambda run: _save(run, options))
+    _save(run, options)
+    return run
+
+
+def _save(run: Run, options: BenchOptions) -> None:
+    if options.out is None:
+        return
+    try:
+        results.save(run, options.out)
+    except OSError as error:
+        raise OptionError(f"--out: {options.out}: cannot be written: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

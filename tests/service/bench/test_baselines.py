@@ -1,0 +1,62 @@
+"""The baselines: run by the interpreter in a process of its own, and compiled for a GPU without one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusewire.service.bench import baselines
+
+INTERPRETED = Path(__file__).parent / "interpreted"
+ROOT = Path(__file__).parents[3]
+HEADS = {"NUM_NORMED_HEADS": 40, "HEAD_DIM": 128, "BLOCK_T": 4, "BLOCK_H": 8}
+SCALARS = {"num_tokens": "i32", "row_width": "i32", "eps": "fp32", "count": "i32"}
+POINTERS = {"rope_table": "*fp32", "positions": "*i64", "slots": "*i64"}
+
+
+def test_baselines_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(INTERPRETED)]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    if run.returncode != 0:
+        pytest.fail(
+            f"interpreted baselines (exit code {run.returncode}):\n{run.stdout}{run.stderr}", pytrace=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants", "warps"),
+    [
+        (baselines.norm_kernel, HEADS | {"NUM_Q_HEADS": 32, "BLOCK_D": 128}, baselines.TILE_WARPS),
+        (baselines.rope_kernel, HEADS | {"BLOCK_HALF": 64}, baselines.TILE_WARPS),
+        (
+            baselines.write_kernel,
+            {"Q_WIDTH": 4096, "KV_WIDTH": 1024, "BLOCK_T": 4, "BLOCK_KV": 1024},
+            baselines.TILE_WARPS,
+        ),
+        (baselines.copy_kernel, {"BLOCK": baselines.COPY_ELEMENTS}, baselines.COPY_WARPS),
+    ],
+    ids=["norm", "rope", "write", "copy"],
+)
+def test_a_baseline_is_a_fair_one(kernel, constants, warps, monkeypatch, tmp_path):
+    """Vector accesses only, but for per-token indices, and nothing spilled: no kernel is slow by neglect."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = (
+            "constexpr" if name in constants else SCALARS.get(name) or POINTERS.get(name, "*bf16")
+        )
+        if name not in constants and name not in ("num_tokens", "eps"):
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    accesses = set(re.findall(r"\b(?:ld|st)\.global[\w.:]*", ptx))
+    assert {access for access in accesses if ".v4.b32" not in access} <= {"ld.global.b64"}
+    assert ".local" not in ptx
