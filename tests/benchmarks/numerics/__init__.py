@@ -1,0 +1,1 @@
+"""Measures what each kernel path costs in accuracy, and writes a report; see `__main__`."""
