@@ -130,6 +130,10 @@ _CUDA_BACKENDS = MappingProxyType(
 )
 
 
+EPILOGUE_BACKEND = "triton-cuda-epilogue"
+"""What runs `fused` where the projection's epilogue does the step: `fusewire.kernels.qkv_epilogue`."""
+
+
 def backend_name(mode: KernelMode, device: torch.device) -> str:
     """Name what runs a path on a device, as reports and metrics spell it."""
     return _CUDA_BACKENDS[mode] if device.type == "cuda" else f"torch-{device.type}"

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusewire.kernels.checks import check_cache, check_tensor
-from fusewire.kernels.launch import on_device, runs_triton
+from fusewire.kernels.launch import architecture_of, on_device, runs_triton
 from fusewire.kernels.packed import normed_heads, split_heads, write_kv
 from fusewire.kernels.qk_norm import norm_heads_
 from fusewire.kernels.rope import rope_rows, rotate_
@@ -85,8 +86,47 @@ def workspace_for(num_tokens: int, shape: QKNormShape, plan: EpiloguePlan, devic
     )
 
 
+@dataclass(frozen=True, slots=True)
+class EpilogueRange:
+    """Sizes at which the epilogue was measured faster than a product of cuBLAS and `fused` after it."""
+
+    min_tokens: int
+    max_tokens: int
+    plan: EpiloguePlan
+
+
+_Site: TypeAlias = tuple[int, int, int, int, int]
+TABLE: Mapping[_Site, tuple[EpilogueRange, ...]] = MappingProxyType(
+    {
+        (90, 16, 8, 128, 1024): (
+            EpilogueRange(1, 16, EpiloguePlan(16, 1, 128, num_warps=4, num_stages=4)),
+            EpilogueRange(17, 32, EpiloguePlan(32, 1, 128, num_warps=4, num_stages=4)),
+            EpilogueRange(1024, 4096, EpiloguePlan(128, 1, 64, num_warps=4, num_stages=3)),
+        ),
+        (90, 32, 8, 128, 4096): (
+            EpilogueRange(1, 4, EpiloguePlan(16, 1, 64, num_warps=8, num_stages=8)),
+            EpilogueRange(5, 16, EpiloguePlan(16, 1, 128, num_warps=4, num_stages=4)),
+            EpilogueRange(17, 32, EpiloguePlan(32, 1, 64, num_warps=8, num_stages=8)),
+        ),
+    }
+)
+"""By (compute capability, q heads, kv heads, head_dim, K), for 2-byte dtypes; a site that is not here
+never takes the epilogue. Measured by `python -m tests.benchmarks.epilogue`. All plans of a site give the
+same bits."""
+
+
+def ranges_of(
+    shape: QKNormShape, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[EpilogueRange, ...]:
+    """Find the sizes at which a site is better served by the epilogue; none if it was not measured."""
+    if dtype.itemsize != 2 or shape.mrope_section is not None or shape.rotary_dim != shape.head_dim:
+        return ()
+    site = (architecture_of(device), shape.num_q_heads, shape.num_kv_heads, shape.head_dim, width)
+    return TABLE.get(site, ())
+
+
 def plan_for(num_tokens: int, shape: QKNormShape, width: int) -> EpiloguePlan:
-    """Choose a plan by the number of tokens and K, the width of hidden.
+    """Choose a plan by the number of tokens and K, the width of hidden, where the table has none.
 
     A decode step is bound by how fast weights arrive, so parts of K are dealt out until there are
     programs enough to ask for them; a prefill by its products, so tiles are as large as still fill a GPU.
@@ -118,6 +158,7 @@ def qkv_epilogue(
     v_cache: Tensor,
     slots: Tensor,
     shape: QKNormShape,
+    plan: EpiloguePlan | None = None,
 ) -> Tensor:
     """Project, norm and rotate, write k and v to their slots: the kernel on CUDA, the twin on a CPU.
 
@@ -127,6 +168,7 @@ def qkv_epilogue(
         bias: `[qkv_width]` in hidden's dtype, or None.
         q_weight: `[head_dim]` in hidden's dtype; this and the others as in
             `fusewire.kernels.paths.QKNormPath`, with hidden's dtype for qkv's.
+        plan: how to cut the work; None lets `plan_for` choose.
 
     Returns:
         q `[T, num_q_heads, head_dim]`. The kernel writes nothing for a token of negative slot, the
@@ -143,7 +185,7 @@ def qkv_epilogue(
         )
     _check_product(hidden, weight, bias, shape)
     _check_site(hidden, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
-    plan = plan_for(len(hidden), shape, hidden.shape[1])
+    plan = plan or plan_for(len(hidden), shape, hidden.shape[1])
     return launch(
         hidden, weight, bias, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, plan
     )

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusewire.kernels.paths import PATHS
+from fusewire.kernels.modes import KernelMode
+from fusewire.kernels.paths import EPILOGUE_BACKEND, PATHS, backend_name
+from fusewire.kernels.qkv_epilogue import EpilogueRange, qkv_epilogue, ranges_of
 from fusewire.kernels.shape import QKNormShape
 from fusewire.model.config import ModelConfig
 from fusewire.model.forward_batch import ForwardBatch
@@ -66,13 +68,24 @@ class GatedMLP(nn.Module):
 class QKNorm(nn.Module):
     """The one site that decides the kernel path: packed qkv projection, QK norm, RoPE and KV write.
 
-    It looks only at the batch's kernel mode, so it works the same in prefill, decode and chunks.
+    It looks only at the batch's kernel mode and number of tokens, so it works the same in prefill,
+    decode and chunks.
     """
 
     def __init__(
-        self, config: ModelConfig, rope_table: Tensor, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        rope_table: Tensor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool = False,
     ) -> None:
-        """Share `rope_table`, float32 `[max_positions, head_dim]` of cos and sin, among the layers."""
+        """Share `rope_table`, float32 `[max_positions, head_dim]` of cos and sin, among the layers.
+
+        Args:
+            deterministic: let `fused` be the same kernel at every number of tokens.
+        """
         super().__init__()
         self.shape = QKNormShape(
             num_q_heads=config.num_heads,
@@ -86,9 +99,40 @@ class QKNorm(nn.Module):
         self.q_weight = empty_parameter(config.head_dim, dtype=dtype, device=device)
         self.k_weight = empty_parameter(config.head_dim, dtype=dtype, device=device)
         self.rope_table = rope_table
+        measured = ranges_of(self.shape, config.hidden_size, dtype, device)
+        self.epilogue_ranges = () if deterministic else measured
+
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        """Name what runs a step of so many tokens on a path."""
+        epilogue = self._epilogue(mode, num_tokens)
+        return EPILOGUE_BACKEND if epilogue else backend_name(mode, self.qkv.weight.device)
+
+    def _epilogue(self, mode: KernelMode, num_tokens: int) -> EpilogueRange | None:
+        """Find out whether the projection's epilogue does the step, and how."""
+        if mode is not KernelMode.FUSED:
+            return None
+        fitting = (
+            sizes for sizes in self.epilogue_ranges if sizes.min_tokens <= num_tokens <= sizes.max_tokens
+        )
+        return next(fitting, None)
 
     def attn_input(self, hidden: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
         """Turn hidden rows `[T, hidden]` into q `[T, num_q_heads, head_dim]`; k and v enter the cache."""
+        if epilogue := self._epilogue(batch.kernel_mode, len(hidden)):
+            return qkv_epilogue(
+                hidden,
+                self.qkv.weight,
+                self.qkv.bias,
+                self.q_weight,
+                self.k_weight,
+                self.rope_table,
+                batch.positions,
+                cache.k,
+                cache.v,
+                batch.slots,
+                self.shape,
+                epilogue.plan,
+            )
         return PATHS[batch.kernel_mode](
             self.qkv(hidden),
             self.q_weight,

@@ -59,6 +59,8 @@ class RunnerOptions:
     """Tokens that the KV cache holds; None sizes it by memory."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that may be filled."""
+    deterministic: bool = False
+    """One implementation of each path at every size, also where another one is faster."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -86,13 +88,21 @@ class ModelRunner:
         self.config = ModelConfig.read(folder)
         self.context_length = _context_length(self.config, options.max_context)
         self.block_size = options.block_size
+        self._max_step_tokens = options.max_step_tokens
         self._device = resolve_device(options.device)
         self._dtype = resolve_dtype(options.dtype, self.config.dtype, self._device)
         torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32
         attention = select_backend(options.attention_backend, self._device)
         self.attention_backend = attention.name
         with _out_of_memory_names("dtype, gpu_memory_utilization", "the weights do not fit"):
-            self._model = Qwen3(self.config, attention, self.context_length, self._dtype, self._device)
+            self._model = Qwen3(
+                self.config,
+                attention,
+                self.context_length,
+                self._dtype,
+                self._device,
+                deterministic=options.deterministic,
+            )
             load_weights(folder, self._model.checkpoint_views(), self._model.ignored_tensors, progress)
         self.num_blocks = self._choose_num_blocks(options)
         with _out_of_memory_names("kv_tokens, gpu_memory_utilization", "the KV cache does not fit"):
@@ -114,8 +124,12 @@ class ModelRunner:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     def kernel_backend(self, mode: KernelMode) -> str:
-        """Name the implementation behind a kernel mode on this device."""
+        """Name the implementation behind a kernel mode on this device, where size does not decide."""
         return backend_name(mode, self._device)
+
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        """Name the implementation that runs a step of so many tokens."""
+        return self._model.site.backend(mode, num_tokens)
 
     def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
         """Run one step on one kernel path: an entry a row, None for rows that sample nothing.
@@ -149,11 +163,12 @@ class ModelRunner:
             [16],
             [33],
             [33, 1, 7],
-            [129],
-        )  # 129: past the kernels' small launches
+            [129],  # past the kernels' small launches
+            *([sizes.min_tokens] for sizes in self._model.site.epilogue_ranges),
+        )
         for mode in modes:
             for lengths in steps:
-                tokens = [min(length, self.context_length) for length in lengths]
+                tokens = [min(length, self.context_length, self._max_step_tokens) for length in lengths]
                 for params in (_GREEDY, _SHAPED):
                     self.run([_probe(count, self.block_size, params=params) for count in tokens], mode)
 

@@ -41,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int
     kv_tokens: int | None
     gpu_memory_utilization: float
+    deterministic: bool
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +93,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="share of the GPU's memory to use")
     ] = 0.9
+    deterministic: Annotated[
+        bool,
+        Meta(description="keep to one kernel of each path at every step size, also where another is faster"),
+    ] = False
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
     max_request_bytes: Annotated[Count, Meta(description="largest request message")] = 4 << 20
     tls_cert: Annotated[str, Meta(description="PEM certificate chain; with --tls-key it turns TLS on")] = ""

@@ -150,6 +150,9 @@ class Ended(_Message, frozen=True):
     reason: EndReason
     prefill_path: KernelPath = ""
     decode_path: KernelPath = ""
+    prefill_backend: str = ""
+    """What ran the steps of the phase, "mixed" for several, "" when it did not run."""
+    decode_backend: str = ""
     stop_id: int | None = None
     """The eos or stop token that ended it."""
     preempted_seconds: float = 0.0

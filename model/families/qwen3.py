@@ -20,10 +20,16 @@ class Attention(nn.Module):
     """Causal grouped-query attention over the paged cache."""
 
     def __init__(
-        self, config: ModelConfig, rope: Tensor, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        rope: Tensor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool,
     ) -> None:
         super().__init__()
-        self.qk_norm = QKNorm(config, rope, dtype=dtype, device=device)
+        self.qk_norm = QKNorm(config, rope, dtype=dtype, device=device, deterministic=deterministic)
         self.out = Linear(
             config.num_heads * config.head_dim,
             config.hidden_size,
@@ -42,12 +48,18 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, rope: Tensor, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        rope: Tensor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool,
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.attention = Attention(config, rope, dtype=dtype, device=device)
+        self.attention = Attention(config, rope, dtype=dtype, device=device, deterministic=deterministic)
         self.mlp_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
         self.mlp = GatedMLP(config, dtype=dtype, device=device)
 
@@ -67,7 +79,10 @@ class Qwen3(nn.Module):
         max_positions: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        deterministic: bool = False,
     ) -> None:
+        """Allocate; `deterministic` is told to `QKNorm`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -75,7 +90,8 @@ class Qwen3(nn.Module):
         rope = rope_table(frequencies.to(device), max_positions)
         self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, rope, dtype=dtype, device=device) for _ in range(config.num_layers)
+            DecoderLayer(config, rope, dtype=dtype, device=device, deterministic=deterministic)
+            for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.head = (
@@ -95,6 +111,13 @@ class Qwen3(nn.Module):
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Map rows of the residual stream `[S, hidden]` to logits `[S, vocabulary]`."""
         return F.linear(self.norm(hidden_rows), self.head)
+
+    @property
+    def site(self) -> QKNorm:
+        """The first layer's QK-norm site; all are alike but for their weights."""
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)
+        return first.attention.qk_norm
 
     @property
     def ignored_tensors(self) -> tuple[str, ...]:

@@ -43,6 +43,10 @@ class Runner(Protocol):
         """Compute the rows on one path and sample where they ask for it."""
         ...
 
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        """Name what runs a step of so many tokens on a path."""
+        ...
+
 
 class Engine:
     """Owns the scheduler and the runner and serves one inbox.
@@ -157,7 +161,8 @@ class Engine:
         self._step += 1
         sampled = self._runner.run(plan.rows, plan.mode)
         now = time.monotonic()
-        self._scheduler.commit(plan, sampled, now)
+        backend = self._runner.backend(plan.mode, sum(work.count for work in plan.work))
+        self._scheduler.commit(plan, sampled, now, backend)
         self._publish_step(plan, now - started)
 
     def _publish_events(self) -> None:

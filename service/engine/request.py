@@ -36,6 +36,7 @@ class Request:
     preempted_at: float | None = None
     preempted_seconds: float = 0.0
     _paths: dict[RowPhase, set[KernelMode]] = field(default_factory=dict)
+    _backends: dict[RowPhase, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Start with the prompt alone."""
@@ -78,9 +79,15 @@ class Request:
             banned_ids=(*spec.eos_ids, *spec.stop_ids) if too_short else (),
         )
 
-    def note_path(self, phase: RowPhase, mode: KernelMode) -> None:
-        """Remember that a step of this phase ran on this path."""
+    def note_path(self, phase: RowPhase, mode: KernelMode, backend: str) -> None:
+        """Remember that a step of this phase ran on this path, and what ran it."""
         self._paths.setdefault(phase, set()).add(mode)
+        self._backends.setdefault(phase, set()).add(backend)
+
+    def backend(self, phase: RowPhase) -> str:
+        """What ran all steps of a phase, "mixed" for several, "" when the phase did not run."""
+        backends = self._backends.get(phase, set())
+        return "mixed" if len(backends) > 1 else next(iter(backends), "")
 
     def path(self, phase: RowPhase) -> KernelPath:
         """The one path of a phase, "mixed" for several, "" when the phase did not run."""

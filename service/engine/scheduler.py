@@ -184,12 +184,12 @@ class Scheduler:
 
     # ---- results ----
 
-    def commit(self, plan: StepPlan, sampled: list[Sampled | None], now: float) -> None:
-        """Take a step's tokens into its requests and end those that are done."""
+    def commit(self, plan: StepPlan, sampled: list[Sampled | None], now: float, backend: str = "") -> None:
+        """Take a step's tokens into its requests and end those that are done; `backend` ran it."""
         for work, sample in zip(plan.work, sampled, strict=True):
             request = work.request
             request.computed += work.count
-            request.note_path(work.phase, plan.mode)
+            request.note_path(work.phase, plan.mode, backend)
             if sample is not None:
                 self._append(request, sample, now)
 
@@ -216,6 +216,8 @@ class Scheduler:
             reason,
             prefill_path=request.path("prefill"),
             decode_path=request.path("decode"),
+            prefill_backend=request.backend("prefill"),
+            decode_backend=request.backend("decode"),
             stop_id=stop_id,
             preempted_seconds=request.preempted_seconds,
         )

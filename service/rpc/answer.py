@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from fusewire.kernels.modes import KernelMode
 from fusewire.service.detokenizer import Detokenizer
 from fusewire.service.messages import (
     AddRequest,
@@ -69,7 +68,6 @@ class Answer:
         self.request = request
         self._options = options
         self._tokenizer = tokenizer
-        self._backends = ready.kernel_backends
         self._detokenizer = Detokenizer(tokenizer, options.stop, options.include_stop, request.min_tokens)
         self._ending_ids = frozenset((*request.eos_ids, *request.stop_ids))
         self._started = False
@@ -176,7 +174,7 @@ class Answer:
                     decode_seconds=decode or 0.0,
                     time_to_first_token_seconds=0.0 if queue is None or prefill is None else queue + prefill,
                 ),
-                kernel=kernel_report(self.ended, self._backends),
+                kernel=kernel_report(self.ended),
             )
         )
 
@@ -217,27 +215,16 @@ class Answer:
         return self._last_token_time - self._first_token_time if self.completion_tokens else None
 
 
-def kernel_report(ended: Ended, backends: dict[KernelMode, str]) -> kernel_pb2.KernelReport:
+def kernel_report(ended: Ended) -> kernel_pb2.KernelReport:
     """Say which path each phase took and what implementation was behind it."""
-    prefill, decode = _backend(ended.prefill_path, backends), _backend(ended.decode_path, backends)
-    ran = {backend for backend in (prefill, decode) if backend}
+    ran = {backend for backend in (ended.prefill_backend, ended.decode_backend) if backend}
     return kernel_pb2.KernelReport(
         prefill=WIRE_PATHS[ended.prefill_path],
         decode=WIRE_PATHS[ended.decode_path],
-        prefill_backend=prefill,
-        decode_backend=decode,
+        prefill_backend=ended.prefill_backend,
+        decode_backend=ended.decode_backend,
         backend="mixed" if len(ran) > 1 else next(iter(ran), ""),
     )
-
-
-def _backend(path: KernelPath, backends: dict[KernelMode, str]) -> str:
-    """The implementation behind a path; "" if the phase did not run.
-
-    Of a mixed path it is told where all paths share one.
-    """
-    if path == "mixed":
-        return next(iter(backends.values())) if len(set(backends.values())) == 1 else "mixed"
-    return backends[KernelMode(path)] if path else ""
 
 
 def _common_path(ended: Ended) -> KernelPath:

@@ -122,7 +122,7 @@ def test_every_field_is_described() -> None:
     options = serve_options()
     assert [option.name for option in options] == list(ServeConfig.__struct_fields__)
     assert all(option.description for option in options)
-    assert {option.name for option in options if option.is_switch} == {"insecure"}
+    assert {option.name for option in options if option.is_switch} == {"insecure", "deterministic"}
     assert {option.name for option in options if option.is_list} == {"kernel_modes"}
 
 

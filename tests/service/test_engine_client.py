@@ -41,6 +41,9 @@ class CountingRunner:
         self.gate = threading.Event()
         self.gate.set()
 
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        return "fake"
+
     def run(self, rows: list[Row], mode: KernelMode) -> list[Sampled | None]:
         assert self.gate.wait(10)
         self.modes.append(mode)
@@ -117,7 +120,14 @@ def test_a_request_is_scheduled_answered_and_ended(engine: LocalEngine, tmp_path
         events = await drain(client.submit(request("a")))
         assert isinstance(events[0], Scheduled)
         assert [event.token_id for event in events[1:-1] if isinstance(event, Token)] == [1, 2, 3, 4, 5]
-        assert events[-1] == Ended("a", "length", prefill_path="fused", decode_path="fused")
+        assert events[-1] == Ended(
+            "a",
+            "length",
+            prefill_path="fused",
+            decode_path="fused",
+            prefill_backend="fake",
+            decode_backend="fake",
+        )
 
     with_client(tmp_path, body, on_report=reports.append)
     steps = [report for report in reports if report.phase]

@@ -56,6 +56,9 @@ class ScriptedRunner:
         self.gate.set()
         self.pause = 0.0
 
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        return BACKENDS[mode]
+
     def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
         assert self.gate.wait(30), "the test never opened the gate"
         threading.Event().wait(self.pause)

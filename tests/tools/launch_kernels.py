@@ -13,9 +13,11 @@ from dataclasses import replace
 
 import torch
 
-from fusewire.kernels.paths import fused, fused_norm
+from fusewire.kernels.paths import fused
 from fusewire.kernels.plans import PLANS
+from fusewire.kernels.qk_norm import qk_norm
 from fusewire.kernels.qk_norm_rope_cache import launch
+from fusewire.kernels.qkv_epilogue import EpiloguePlan, qkv_epilogue
 from fusewire.service.bench.inputs import draw_buffers, draw_site
 from tests.kernels.cases import Case, make_case, site_shape
 
@@ -30,14 +32,24 @@ SITES = (
 
 def launch_all() -> None:
     for shape in SITES:
-        for tokens in (1, 37, 130):
+        for tokens in (1, 37):
             case = on_gpu(shape, tokens)
-            fused(*case.copy().args())
-            fused_norm(*case.copy().args())
+            qk_norm(case.copy().qkv, case.q_weight, case.k_weight, shape)
             for plan in PLANS:
                 for overlap in (False, True):
                     launch(*case.args(), plan, overlap)
+    launch_epilogues()
     torch.cuda.synchronize()
+
+
+def launch_epilogues() -> None:
+    """Project 37 tokens, with K in one part and in three, which meet in a workspace."""
+    shape = SITES[0]
+    case = on_gpu(shape, 37)
+    hidden = torch.ones(37, 192, dtype=torch.bfloat16, device="cuda")
+    weight = torch.ones(shape.qkv_width, 192, dtype=torch.bfloat16, device="cuda")
+    for plan in (EpiloguePlan(16, 1, 64, 4, 3), EpiloguePlan(16, 3, 64, 4, 3)):
+        qkv_epilogue(hidden, weight, None, *case.args()[1:], plan=plan)
 
 
 def launch_past_the_end() -> None:

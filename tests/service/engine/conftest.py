@@ -26,6 +26,9 @@ class FakeRunner:
         self.cache: list[int | None] = [None] * (num_blocks * block_size)
         self.modes: list[KernelMode] = []
 
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        return "fake"
+
     def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
         self.modes.append(mode)
         return [self._run_row(row) for row in rows]

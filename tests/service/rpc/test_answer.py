@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusewire.kernels.modes import KernelMode
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.messages import (
     AddRequest,
@@ -20,7 +19,6 @@ from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1.kernel_pb2 import KernelPath
 from tests.tools.front_end_rig import demo_tokenizer, describe
 
-BACKENDS = {KernelMode.UNFUSED: "torch-cpu", KernelMode.FUSED_NORM: "torch-cpu", KernelMode.FUSED: "one"}
 NOTHING_MORE = AnswerOptions()
 TEXT = st.text(st.sampled_from("ab 你👋🏽é"), max_size=12)
 
@@ -104,16 +102,11 @@ def test_a_request_that_never_ran_has_an_account_without_phases() -> None:
     assert (account.path, account.queue_seconds, account.prefill_seconds) == ("", None, None)
 
 
-def test_a_mixed_path_has_a_backend_where_all_paths_share_it() -> None:
-    ended = Ended("id", "length", prefill_path="fused", decode_path="mixed")
-    report = kernel_report(ended, dict.fromkeys(KernelMode, "torch-cpu"))
-    assert (report.decode_backend, report.backend) == ("torch-cpu", "torch-cpu")
-
-
 @pytest.mark.parametrize(
     ("prefill", "decode", "backends", "path"),
     [
         ("fused", "fused", ("one", "one", "one"), "fused"),
+        ("fused", "fused", ("one", "other", "mixed"), "fused"),
         ("unfused", "", ("torch-cpu", "", "torch-cpu"), "unfused"),
         ("unfused", "fused", ("torch-cpu", "one", "mixed"), "mixed"),
         ("unfused", "fused_norm", ("torch-cpu", "torch-cpu", "torch-cpu"), "mixed"),
@@ -124,8 +117,15 @@ def test_a_mixed_path_has_a_backend_where_all_paths_share_it() -> None:
 def test_the_kernel_report_tells_path_and_backend_by_phase(
     prefill: str, decode: str, backends: tuple[str, str, str], path: str
 ) -> None:
-    ended = Ended("id", "length", prefill_path=prefill, decode_path=decode)
-    report = kernel_report(ended, BACKENDS)
+    ended = Ended(
+        "id",
+        "length",
+        prefill_path=prefill,
+        decode_path=decode,
+        prefill_backend=backends[0],
+        decode_backend=backends[1],
+    )
+    report = kernel_report(ended)
     assert (report.prefill_backend, report.decode_backend, report.backend) == backends
     names = [name.upper() or "UNSPECIFIED" for name in (prefill, decode)]
     assert [KernelPath.Name(p).removeprefix("KERNEL_PATH_") for p in (report.prefill, report.decode)] == names
