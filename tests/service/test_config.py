@@ -128,7 +128,7 @@ def test_every_field_is_described() -> None:
 
 def test_every_default_can_be_given_as_it_is_shown() -> None:
     shown = {option.name: option.default for option in serve_options() if option.default != "unset"}
-    shown["insecure"] = "false"
+    shown |= {"insecure": "false", "deterministic": "false"}
     assert load_config(shown, {}) == ServeConfig()
 
 
