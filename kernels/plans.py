@@ -1,7 +1,7 @@
 """How launches of `qk_norm_rope_cache` cut their work, per GPU architecture, head_dim and size.
 
-The table is measured, never tuned while serving: `python -m tests.benchmarks.tune_plans` measures it.
-Knows no tensors.
+The table is measured, never tuned while serving: `python -m tests.benchmarks.tune_plans` times every plan
+at every size, and says what the one in use loses. Knows no tensors.
 """
 
 import sys

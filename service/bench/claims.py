@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.kernels.paths import PATHS, backend_name
+from fusewire.kernels.paths import PATHS
 from fusewire.kernels.shape import QKNormShape
 from fusewire.model import demo
 from fusewire.model.attention import select_backend
@@ -125,7 +125,7 @@ class RandomModel:
             layers=self._config.num_layers,
             tokens=tokens,
             mode=mode,
-            backend=backend_name(mode, self._bench.device),
+            backend=self._model.site.backend(mode, tokens),
         )
         if reference is None:
             return _with(found, failure="the unfused forward, which all are compared with, failed")

@@ -15,6 +15,8 @@ from fusewire.service.bench.results import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+COLOURS = 10
+DASHES = ("-", "--", ":")
 DOTS_PER_INCH = 120
 PANEL_INCHES = (6.0, 4.2)
 
@@ -62,14 +64,16 @@ class _Panel:
 
 
 def _cell_panels(run: Run) -> list[_Panel]:
-    """Make a panel for each pair of heads: a line a contender, GPU time where there is one."""
+    """Make a panel for each pair of heads: a line for each way to do the whole work, and for a copy."""
     on_gpu = any(timed.gpu_us for cell in run.cells for timed in cell.contenders)
+    drawn = ("norm",) if run.claim == "kernel" else ("step", "copy")
     unit = "GPU µs in a graph" if on_gpu else "eager wall µs"
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for cell in run.cells:
         title = f"{cell.num_q_heads}/{cell.num_kv_heads} heads of {cell.head_dim}"
         for timed in cell.contenders:
-            if (spread := timed.gpu_us if on_gpu else timed.eager_us) is not None:
+            spread = timed.gpu_us if on_gpu else timed.eager_us
+            if spread is not None and timed.work in drawn:
                 panel = lines.setdefault(title, {})
                 panel.setdefault(timed.name, []).append((cell.tokens, spread.median))
     return [_Panel(title, unit, panel) for title, panel in lines.items()]
@@ -89,11 +93,12 @@ def _forward_panels(run: Run) -> list[_Panel]:
 
 def _fill(axes: "Axes", panel: _Panel) -> None:
     """Draw a panel's lines on logarithmic axes."""
-    for name, points in panel.lines.items():
+    for number, (name, points) in enumerate(panel.lines.items()):
         tokens, times = zip(*sorted(points), strict=True)
-        axes.loglog(tokens, times, marker="o", markersize=3, label=name)
+        dashes = DASHES[number // COLOURS]  # colours come again after ten lines
+        axes.loglog(tokens, times, dashes, marker="o", markersize=3, label=name)
     axes.set_title(panel.title)
     axes.set_xlabel("tokens")
     axes.set_ylabel(panel.unit)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small", ncols=2)

@@ -51,7 +51,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     """Run every section."""
     quick = options.quick
     found: dict = {
-        "command": "python -m tests.benchmarks.numerics" + " --quick" * quick,
+        "command": "python -m tests.benchmarks.numerics"
+        + " --quick" * quick
+        + " --checkpoint FOLDER" * (options.checkpoint is not None),
         "device": name_of_device(device),
         "backends": {mode.value: backend_name(mode, device) for mode in KernelMode},
         "python": platform.python_version(),
