@@ -1,15 +1,13 @@
 """The projection with its epilogue compiles for A100 and H100 without a GPU, fast where it must be."""
 
 import re
-import subprocess
 
 import pytest
-import triton
 
 from fusewire.kernels import qkv_epilogue
 from fusewire.kernels.qkv_epilogue import EpiloguePlan, plan_for
 from tests.kernels.cases import site_shape
-from tests.kernels.test_compile import compile_ptx
+from tests.kernels.test_compile import compile_ptx, spilled_bytes
 
 STRIDES = ("hidden_stride", "k_slot_stride", "k_head_stride", "v_slot_stride", "v_head_stride")
 TYPES = dict.fromkeys(STRIDES, "i32") | {
@@ -35,26 +33,6 @@ def compile_plan(shape, plan, architecture=90, *, width=1024, epilogue=True):
     constants = qkv_epilogue.tile_constants(shape, plan, width, bias=False, epilogue=epilogue)
     kernel = qkv_epilogue.qkv_epilogue_kernel
     return compile_ptx(kernel, constants, TYPES, plan.num_warps, architecture, num_stages=plan.num_stages)
-
-
-def spilled_bytes(ptx, tmp_path):
-    """What the assembler puts in local memory: PTX itself has registers without end."""
-    source = tmp_path / "kernel.ptx"
-    source.write_text(ptx)
-    architecture = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
-    command = [
-        triton.knobs.nvidia.ptxas.path,
-        "-v",
-        f"-arch={architecture}",
-        source,
-        "-o",
-        tmp_path / "cubin",
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    stack, stores, loads = re.search(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr
-    ).groups()
-    return int(stack) + int(stores) + int(loads)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
