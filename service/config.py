@@ -42,6 +42,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int | None
     gpu_memory_utilization: float
     deterministic: bool
+    log_level: Literal["debug", "info", "warning", "error"]
+    generation: int = 1
+    """Of the kernel mode: how many times it was chosen, the start included."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,9 +146,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def engine(self, model_path: str) -> EngineConfig:
         """Pick what the engine needs to know, for the model in the folder `model_path`."""
-        shared = {
-            name: getattr(self, name) for name in EngineConfig.__struct_fields__ if name != "model_path"
-        }
+        own = ServeConfig.__struct_fields__
+        shared = {name: getattr(self, name) for name in EngineConfig.__struct_fields__ if name in own}
         return EngineConfig(model_path=model_path, **shared)
 
 

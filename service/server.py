@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import uvloop
 from prometheus_client import start_http_server
 
+from fusewire.kernels.modes import KernelMode
 from fusewire.service.auth import CredentialError
 from fusewire.service.config import ServeConfig
 from fusewire.service.messages import EngineReady
@@ -78,7 +79,12 @@ class Server:
         self._folder = TemporaryDirectory(prefix="fusewire-")  # private, 0700: the engine's socket is in it
         self._socket_path = Path(self._folder.name) / "engine.sock"
         self.serving = Serving(
-            config, public_name(config), self._socket_path, SERVICE_NAMES, on_engine=self._follow_engine
+            config,
+            public_name(config),
+            self._socket_path,
+            SERVICE_NAMES,
+            on_engine=self._follow_engine,
+            on_switch=self._remember_switch,
         )
         self._front_end = FrontEnd(config, self.serving)
         try:
@@ -142,6 +148,10 @@ class Server:
             ready.device,
             ready.kernel_mode,
         )
+
+    def _remember_switch(self, mode: KernelMode, generation: int) -> None:
+        if self._supervisor is not None:
+            self._supervisor.remember(mode, generation)
 
     def _count_exit(self, code: int) -> None:
         self.serving.metrics.observe_restart()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import EngineConfig
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class EngineSupervisor:
         self._on_failure = on_failure
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
+
+    def remember(self, mode: KernelMode, generation: int) -> None:
+        """Start later engines with a kernel mode that was chosen while this one runs."""
+        self._config = msgspec.structs.replace(self._config, kernel_mode=mode, generation=generation)
 
     async def start(self) -> None:
         """Start the engine and begin to watch it."""

@@ -90,7 +90,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokenize plain text, with the special tokens that the tokenizer itself puts around a prompt."""
-        return self._backend.encode(text).ids
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokenize a conversation up to where the answer starts; the template brings all special tokens.
@@ -98,7 +98,11 @@ class Tokenizer:
         Raises:
             ChatTemplateError: see `render_chat`.
         """
-        return self._backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return self._encode(self.render_chat(messages), add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize as a batch of one: unlike `encode`, that lets other threads run meanwhile."""
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Render turns of `role` and `content` with the chat template, the answer's opening included.

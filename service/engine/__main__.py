@@ -39,7 +39,9 @@ def main() -> int:
     socket_path = parser.parse_args().socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
+    )
     leave_a_core_to_the_front_end()
     try:
         engine, inbox = build(config)
@@ -95,7 +97,7 @@ def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
         attention_backend=runner.attention_backend,
         kernel_backends={mode: runner.kernel_backend(mode) for mode in config.kernel_modes},
         kernel_mode=config.kernel_mode,
-        generation=1,
+        generation=config.generation,
         kv_blocks=runner.num_blocks,
         block_size=runner.block_size,
         max_running=config.max_running,

@@ -63,9 +63,10 @@ class GenerationService:
         with serving.admitted(call.caller, call.arrival) as live:
             answer = await self._prepare(request, live, call)
             events = engine.submit(answer.request)
-            reason: EndReason = "error"
+            reason: EndReason = "cancelled"  # the client being gone is all that can end this so early
             try:
                 await call.send_request_id(live.request_id)
+                reason = "error"
                 stop_sent = False
                 while answer.ended is None:
                     responses = list(answer.take(await events.take()))

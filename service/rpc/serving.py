@@ -17,7 +17,7 @@ import grpc
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import ServeConfig
-from fusewire.service.engine_client import EngineClient, EngineUnavailable
+from fusewire.service.engine_client import EngineClient
 from fusewire.service.messages import EngineReady, KernelModeReply, StepReport
 from fusewire.service.metrics import Metrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, resource_exhausted, unavailable
@@ -63,6 +63,7 @@ class Serving:
         socket_path: where the engine listens.
         services: the names that the health service answers for.
         on_engine: called with the engine's description when it becomes usable and None when it goes.
+        on_switch: called with the kernel mode and its generation whenever one is chosen.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Serving:
         socket_path: Path,
         services: Iterable[str],
         on_engine: Callable[[EngineReady | None], None] = lambda ready: None,
+        on_switch: Callable[[KernelMode, int], None] = lambda mode, generation: None,
     ) -> None:
         self.config = config
         self.model_name = model_name
@@ -83,11 +85,10 @@ class Serving:
         self.started = time.monotonic()
         self._on_engine = on_engine
         self._tokenizer: Tokenizer | None = None
-        self._chosen_mode: KernelMode | None = None
+        self._on_switch = on_switch
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
         self._fewer = asyncio.Event()
-        self._background: set[asyncio.Task[None]] = set()
 
     # ---- what is there ----
 
@@ -189,10 +190,6 @@ class Serving:
         self.metrics.observe_engine(ready)
         self._show_health()
         self._on_engine(ready)
-        if ready is not None and self._chosen_mode not in (None, ready.kernel_mode):  # the engine is new
-            task = asyncio.create_task(self._choose_again())
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
 
     # ---- the kernel mode ----
 
@@ -204,16 +201,9 @@ class Serving:
         """
         reply = await self.engine.set_kernel_mode(mode, expected_generation)
         if not reply.refusal:
-            self._chosen_mode = reply.current
+            self._on_switch(reply.current, reply.generation)
             self.metrics.observe_switch(reply.current, reply.generation)
         return reply
-
-    async def _choose_again(self) -> None:
-        """Give a restarted engine the mode that an operator chose while an earlier one ran."""
-        try:
-            await self.choose_mode(self._chosen_mode or self.engine.kernel_mode, None)
-        except EngineUnavailable:
-            log.warning("the engine went before it took the kernel mode; it gets it when it is back")
 
     # ---- the way down ----
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from fusewire.v1 import admin_pb2
 from fusewire.v1 import generation_pb2 as pb
+from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED
 from tests.tools.server_process import ServerProcess
 from tests.tools.streams import Answer, greedy, stream, stream_all
 
@@ -39,6 +41,8 @@ def test_a_killed_engine_ends_its_streams_and_comes_back(tmp_path: Path) -> None
         reader = threading.Thread(target=lambda: answers.extend(stream_all(server.generation, requests)))
         reader.start()
         wait_for(lambda: server.metric("fusewire_requests_running") == 4)
+        for chosen in (KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED):
+            server.admin.SetKernelMode(admin_pb2.SetKernelModeRequest(mode=chosen), timeout=10)
         os.kill(server.engine_pid(), signal.SIGKILL)
         reader.join(2)
         assert not reader.is_alive(), "streams hang after the engine has died"
@@ -47,6 +51,8 @@ def test_a_killed_engine_ends_its_streams_and_comes_back(tmp_path: Path) -> None
         server.wait_until_serving()
         assert stream(server.generation, greedy("Once upon a time", 4)).status is grpc.StatusCode.OK
         assert server.metric("fusewire_engine_restarts_total") == 1
+        now = server.admin.GetKernelMode(admin_pb2.GetKernelModeRequest(), timeout=10)
+        assert (now.mode, now.generation) == (KERNEL_MODE_UNFUSED, 3), "generations never go back"
 
 
 def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(tmp_path: Path) -> None:

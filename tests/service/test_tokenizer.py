@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -218,3 +220,15 @@ def test_special_tokens_around_a_prompt_are_put_once(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("hello") == tokenizer.encode_chat([{"role": "user", "content": "hello"}])
     assert tokenizer.encode("hello")[0] == start
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+    tokenizer = Tokenizer.load(DEMO)
+    text = " ".join(f"word{number}" for number in range(200_000))
+    worker = threading.Thread(target=tokenizer.encode, args=(text,))
+    turns = 0
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20, "the tokenizer kept the interpreter to itself"

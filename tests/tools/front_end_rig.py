@@ -133,7 +133,14 @@ class Rig:
     def __init__(self, folder: Path, **config: Any) -> None:
         self.socket_path = folder / "engine.sock"
         self.config = ServeConfig(port=0, admin_port=0, metrics_port=0, **config)
-        self.serving = Serving(self.config, MODEL_NAME, self.socket_path, SERVICE_NAMES)
+        self.switches: list[tuple[KernelMode, int]] = []
+        self.serving = Serving(
+            self.config,
+            MODEL_NAME,
+            self.socket_path,
+            SERVICE_NAMES,
+            on_switch=lambda mode, generation: self.switches.append((mode, generation)),
+        )
         self.front_end = FrontEnd(self.config, self.serving)
         self.engine: LocalEngine | None = None
 

@@ -252,6 +252,14 @@ def test_deadlines_at_any_moment_leave_nothing_behind_and_log_no_error(
         calls = [server.generation.Generate(request(), timeout=0.002 * index) for index in range(1, 60)]
         codes = {error.code() for error in await asyncio.gather(*calls, return_exceptions=True)}
         assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        await until(lambda: not server.serving.live)
+        reasons = {
+            sample.labels["finish_reason"]
+            for family in server.serving.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == "fusewire_requests_finished_total" and sample.value
+        }
+        assert reasons <= {"cancelled", "time_limit"}
 
     with caplog.at_level(logging.WARNING):
         run(tmp_path, body, max_waiting=100)
