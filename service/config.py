@@ -100,6 +100,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="keep to one kernel of each path at every step size, also where another is faster"),
     ] = False
+    engine_timeout: Annotated[
+        Seconds,
+        Meta(
+            description="seconds without a step, while requests run, until the engine is restarted; 0 never"
+        ),
+    ] = 300.0
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
     max_request_bytes: Annotated[Count, Meta(description="largest request message")] = 4 << 20
     tls_cert: Annotated[str, Meta(description="PEM certificate chain; with --tls-key it turns TLS on")] = ""

@@ -112,6 +112,7 @@ class Server:
         )
         await self.serving.engine.start()
         self._loading = asyncio.create_task(self._load(), name="load")
+        self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
 
     async def _abandon(self) -> None:
         """Undo what a failed start has done."""
@@ -134,6 +135,14 @@ class Server:
         except Exception:
             log.exception("loading failed")
             self._fail("the model cannot be loaded; the reason is above")
+
+    async def _watch(self, timeout: float) -> None:
+        """Have an engine restarted that is silent for too long: hung, or stopped from outside."""
+        while timeout:
+            await asyncio.sleep(min(1.0, timeout / 4))
+            if self._supervisor is not None and self.serving.silent_seconds > timeout:
+                log.error("the engine has not finished a step for %g s and is killed", timeout)
+                self._supervisor.kill()
 
     def _follow_engine(self, ready: EngineReady | None) -> None:
         if ready is None and self._stopping.is_set():
@@ -190,8 +199,9 @@ class Server:
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new requests, let the running ones finish within the time, and stop everything."""
         await self.serving.drain(drain_seconds)
-        self._loading.cancel()
-        await asyncio.gather(self._loading, return_exceptions=True)
+        for task in (self._loading, self._watching):
+            task.cancel()
+        await asyncio.gather(self._loading, self._watching, return_exceptions=True)
         await self._front_end.stop(FLUSH_SECONDS)
         await self.serving.engine.stop()
         if self._supervisor is not None:

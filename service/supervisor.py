@@ -61,6 +61,11 @@ class EngineSupervisor:
         """Start the engine and begin to watch it."""
         self._task = asyncio.create_task(self._keep_running(), name="engine-supervisor")
 
+    def kill(self) -> None:
+        """End the engine at once, to be started again: for one that runs but answers nothing."""
+        if self._process is not None:
+            self._process.kill()
+
     async def stop(self) -> None:
         """Stop the engine: ask it by closing its standard input, then kill it."""
         if self._task is not None:

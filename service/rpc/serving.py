@@ -89,6 +89,7 @@ class Serving:
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
         self._fewer = asyncio.Event()
+        self._heard = self.started
 
     # ---- what is there ----
 
@@ -169,6 +170,12 @@ class Serving:
         self._running.pop(request.request_id, None)
         self._fewer.set()
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long the engine has said nothing although there are requests for it; 0 without any."""
+        arrivals = [request.arrival for request in (*self._waiting.values(), *self._running.values())]
+        return time.monotonic() - max(self._heard, min(arrivals)) if arrivals else 0.0
+
     def cancel(self, request_id: str, caller: str) -> None:
         """End a request of this caller; raises NOT_FOUND if it has none of that id."""
         request = self._waiting.get(request_id) or self._running.get(request_id)
@@ -182,6 +189,7 @@ class Serving:
     # ---- what the engine says ----
 
     def _take_report(self, report: StepReport) -> None:
+        self._heard = time.monotonic()
         self.load = Load(report.running, report.waiting, report.kv_usage)
         self.metrics.observe_step(report)
 

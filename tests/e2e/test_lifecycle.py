@@ -55,6 +55,20 @@ def test_a_killed_engine_ends_its_streams_and_comes_back(tmp_path: Path) -> None
         assert (now.mode, now.generation) == (KERNEL_MODE_UNFUSED, 3), "generations never go back"
 
 
+def test_a_hung_engine_is_noticed_and_replaced(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", "--engine-timeout", "2") as server:
+        call = server.generation.StreamGenerate(greedy("Once upon a time", 4000), timeout=60)
+        next(iter(call))
+        hung = server.engine_pid()
+        os.kill(hung, signal.SIGSTOP)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(call)
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        server.wait_until_serving()
+        assert server.engine_pid() != hung
+        assert stream(server.generation, greedy("Once upon a time", 4)).status is grpc.StatusCode.OK
+
+
 def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log") as server:
         call = server.generation.StreamGenerate(greedy("Once upon a time", 400), timeout=60)
