@@ -6,6 +6,7 @@ Fusewire's paths, plain torch, and the three launches of `baselines`; other libr
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,19 +73,16 @@ def _path(mode: KernelMode, site: Site) -> Call:
     path = PATHS[mode]
 
     def call(buffers: Buffers) -> Tensor:
-        return path(
-            buffers.qkv,
-            site.q_weight,
-            site.k_weight,
-            site.rope_table,
-            site.positions,
-            buffers.k_cache,
-            buffers.v_cache,
-            site.slots,
-            site.shape,
-        )
+        return path(*_arguments(site, buffers))
 
     return call
+
+
+def _arguments(site: Site, buffers: Buffers) -> tuple[Any, ...]:
+    """The arguments of a path, in the order of `QKNormPath`."""
+    weights = (site.q_weight, site.k_weight, site.rope_table)
+    caches = (buffers.k_cache, buffers.v_cache)
+    return (buffers.qkv, *weights, site.positions, *caches, site.slots, site.shape)
 
 
 def _overlapping(site: Site) -> Call:
@@ -94,18 +92,7 @@ def _overlapping(site: Site) -> Call:
         raise Absent(f"launches overlap from sm_{OVERLAPPING} on, and this is {device.type}")
 
     def call(buffers: Buffers) -> Tensor:
-        return qk_norm_rope_cache(
-            buffers.qkv,
-            site.q_weight,
-            site.k_weight,
-            site.rope_table,
-            site.positions,
-            buffers.k_cache,
-            buffers.v_cache,
-            site.slots,
-            site.shape,
-            overlap=True,
-        )
+        return qk_norm_rope_cache(*_arguments(site, buffers), overlap=True)
 
     return call
 
@@ -116,17 +103,7 @@ def _compiled_step(site: Site) -> Call:
     path = torch.compile(PATHS[KernelMode.UNFUSED], dynamic=False, fullgraph=True)
 
     def call(buffers: Buffers) -> Tensor:
-        return path(
-            buffers.qkv,
-            site.q_weight,
-            site.k_weight,
-            site.rope_table,
-            site.positions,
-            buffers.k_cache,
-            buffers.v_cache,
-            site.slots,
-            site.shape,
-        )
+        return path(*_arguments(site, buffers))
 
     return call
 
