@@ -65,14 +65,51 @@ def check_qkv(qkv: Checked, shape: QKNormShape) -> None:
         TypeError: for another dtype than fp16, bf16 and fp32.
         ValueError: for another shape or stride.
     """
-    if qkv.dtype not in _DTYPES:
-        raise TypeError(f"qkv: dtype must be one of float16, bfloat16 and float32, got {qkv.dtype}")
+    check_float("qkv", qkv)
     if qkv.dim() != 2 or qkv.shape[1] != shape.qkv_width:
         raise ValueError(f"qkv: shape must be (T, {shape.qkv_width}), got {tuple(qkv.shape)}")
     if qkv.stride(1) != 1:
         raise ValueError(f"qkv: stride of the last dimension must be 1, got {qkv.stride(1)}")
     if len(qkv) > 1 and qkv.stride(0) < shape.qkv_width:
         raise ValueError(f"qkv: row stride must be at least {shape.qkv_width}, got {qkv.stride(0)}")
+
+
+def check_float(name: str, tensor: Checked) -> None:
+    """Check that a tensor is of a type that kernels compute with.
+
+    Raises:
+        TypeError: for another dtype than fp16, bf16 and fp32.
+    """
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: dtype must be one of float16, bfloat16 and float32, got {tensor.dtype}")
+
+
+def check_site(
+    rows: Checked,
+    q_weight: Checked,
+    k_weight: Checked,
+    rope_table: Checked,
+    positions: Checked,
+    k_cache: Checked,
+    v_cache: Checked,
+    slots: Checked,
+    shape: QKNormShape,
+) -> None:
+    """Check what a QK-norm step needs besides its rows `[T, ...]`, which say T, dtype and device.
+
+    Raises:
+        TypeError: for a dtype that does not fit the rows'.
+        ValueError: for another shape, stride or device.
+    """
+    tokens, dtype, device = len(rows), rows.dtype, rows.device
+    check_tensor("q_weight", q_weight, (shape.head_dim,), dtype, device)
+    check_tensor("k_weight", k_weight, (shape.head_dim,), dtype, device)
+    check_tensor("rope_table", rope_table, (len(rope_table), shape.rotary_dim), torch.float32, device)
+    positions_shape = (tokens,) if shape.mrope_section is None else (3, tokens)
+    check_tensor("positions", positions, positions_shape, torch.int64, device)
+    check_cache("k_cache", k_cache, shape, dtype, device)
+    check_cache("v_cache", v_cache, shape, dtype, device)
+    check_tensor("slots", slots, (tokens,), torch.int64, device)
 
 
 def check_tensor(

@@ -71,8 +71,8 @@ def unfused(
     The spelling, and every rounding, is that of transformers' `modeling_qwen3.py`.
     """
     q, k, v = split_heads(qkv, shape)
-    q = _rms_norm(q, q_weight, shape.eps)
-    k = _rms_norm(k, k_weight, shape.eps)
+    q = chain_rms_norm(q, q_weight, shape.eps)
+    k = chain_rms_norm(k, k_weight, shape.eps)
     return _rotate_and_write(q, k, v, rope_table, positions, k_cache, v_cache, slots, shape)
 
 
@@ -139,7 +139,7 @@ def backend_name(mode: KernelMode, device: torch.device) -> str:
     return _CUDA_BACKENDS[mode] if device.type == "cuda" else f"torch-{device.type}"
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def chain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension as `Qwen3RMSNorm`: rounded to x's dtype before the weight."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)

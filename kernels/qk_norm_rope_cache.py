@@ -20,9 +20,8 @@ from fusewire.kernels.checks import (
     Fields,
     Layout,
     check_aligned,
-    check_cache,
     check_qkv,
-    check_tensor,
+    check_site,
     fields_of,
 )
 from fusewire.kernels.launch import (
@@ -254,17 +253,12 @@ def _check_layouts(
     shape: QKNormShape,
 ) -> None:
     """Check what does not change while the layouts stay the same; what was raised is not remembered."""
-    dtype, device, (tokens, *_), _ = qkv
-    check_qkv(Layout(*qkv), shape)
-    check_tensor("q_weight", Layout(*q_weight), (shape.head_dim,), dtype, device)
-    check_tensor("k_weight", Layout(*k_weight), (shape.head_dim,), dtype, device)
-    table_shape = (rope_table[2][0], shape.rotary_dim)
-    check_tensor("rope_table", Layout(*rope_table), table_shape, torch.float32, device)
-    positions_shape = (tokens,) if shape.mrope_section is None else (3, tokens)
-    check_tensor("positions", Layout(*positions), positions_shape, torch.int64, device)
-    check_cache("k_cache", Layout(*k_cache), shape, dtype, device)
-    check_cache("v_cache", Layout(*v_cache), shape, dtype, device)
-    check_tensor("slots", Layout(*slots), (tokens,), torch.int64, device)
+    rows = Layout(*qkv)
+    check_qkv(rows, shape)
+    check_site(
+        rows, Layout(*q_weight), Layout(*k_weight), Layout(*rope_table), Layout(*positions),
+        Layout(*k_cache), Layout(*v_cache), Layout(*slots), shape,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])

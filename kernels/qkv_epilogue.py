@@ -26,14 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusewire.kernels.checks import check_cache, check_tensor
+from fusewire.kernels.checks import check_float, check_site, check_tensor
 from fusewire.kernels.launch import architecture_of, on_device, runs_triton
 from fusewire.kernels.packed import normed_heads, split_heads, write_kv
 from fusewire.kernels.qk_norm import norm_heads_
 from fusewire.kernels.rope import rope_rows, rotate_
 from fusewire.kernels.shape import QKNormShape
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_DOT = 16
 """Both sides of a tile product are at least this, for Triton's `dot`."""
 
@@ -184,7 +183,9 @@ def qkv_epilogue(
             hidden, weight, bias, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape
         )
     _check_product(hidden, weight, bias, shape)
-    _check_site(hidden, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
+    if shape.mrope_section is not None:
+        raise ValueError(f"shape: mrope_section must be None for the epilogue, got {shape.mrope_section}")
+    check_site(hidden, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
     plan = plan or plan_for(len(hidden), shape, hidden.shape[1])
     return launch(
         hidden, weight, bias, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, plan
@@ -285,11 +286,14 @@ def _launch(
     if num_tokens == 0:
         return
     constants = tile_constants(shape, plan, width, bias=bias is not None, epilogue=epilogue)
-    workspace = workspace or workspace_for(num_tokens, shape, plan, hidden.device)
+    partials = arrivals = hidden  # not looked at where one program has all of K
+    if plan.split_k > 1:
+        workspace = workspace or workspace_for(num_tokens, shape, plan, hidden.device)
+        partials, arrivals = workspace.partials, workspace.arrivals
     tiles = _num_heads(shape) * triton.cdiv(num_tokens, plan.block_t)
     with on_device(hidden.device):
         qkv_epilogue_kernel[(tiles * plan.split_k,)](
-            hidden, weight, hidden if bias is None else bias, *site, workspace.partials, workspace.arrivals,
+            hidden, weight, hidden if bias is None else bias, *site, partials, arrivals,
             num_tokens, hidden.stride(0), *cache_strides, shape.eps, **constants,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
@@ -344,8 +348,7 @@ def tile_constants(
 
 def _check_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: QKNormShape) -> None:
     """Check the operands of the projection."""
-    if hidden.dtype not in _DTYPES:
-        raise TypeError(f"hidden: dtype must be one of float16, bfloat16 and float32, got {hidden.dtype}")
+    check_float("hidden", hidden)
     if hidden.dim() != 2:
         raise ValueError(f"hidden: shape must be (T, K), got {tuple(hidden.shape)}")
     if hidden.stride(1) != 1:
@@ -353,30 +356,6 @@ def _check_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: Q
     check_tensor("weight", weight, (shape.qkv_width, hidden.shape[1]), hidden.dtype, hidden.device)
     if bias is not None:
         check_tensor("bias", bias, (shape.qkv_width,), hidden.dtype, hidden.device)
-
-
-def _check_site(
-    hidden: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    rope_table: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    shape: QKNormShape,
-) -> None:
-    """Check what the epilogue reads and writes, without a look at values."""
-    if shape.mrope_section is not None:
-        raise ValueError(f"shape: mrope_section must be None for the epilogue, got {shape.mrope_section}")
-    tokens, dtype, device = len(hidden), hidden.dtype, hidden.device
-    check_tensor("q_weight", q_weight, (shape.head_dim,), dtype, device)
-    check_tensor("k_weight", k_weight, (shape.head_dim,), dtype, device)
-    check_tensor("rope_table", rope_table, (len(rope_table), shape.rotary_dim), torch.float32, device)
-    check_tensor("positions", positions, (tokens,), torch.int64, device)
-    check_cache("k_cache", k_cache, shape, dtype, device)
-    check_cache("v_cache", v_cache, shape, dtype, device)
-    check_tensor("slots", slots, (tokens,), torch.int64, device)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])

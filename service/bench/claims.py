@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import replace
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from fusewire.model.families.qwen3 import Qwen3
 from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.kv_cache import KVCache
 from fusewire.model.sampling_params import SamplingParams
-from fusewire.service.bench.inputs import BLOCK_SIZE, draw_buffers, draw_site
+from fusewire.service.bench.inputs import BLOCK_SIZE, draw_buffers, draw_site, path_arguments
 from fusewire.service.bench.measure import FAILURES, Bench, Progress, Save, describe_failure
 from fusewire.service.bench.options import BenchOptions, OptionError
 from fusewire.service.bench.results import Forward, Run, Spread
@@ -128,13 +129,14 @@ class RandomModel:
             backend=self._model.site.backend(mode, tokens),
         )
         if reference is None:
-            return _with(found, failure="the unfused forward, which all are compared with, failed")
+            reason = "the unfused forward, which all are compared with, failed"
+            return msgspec.structs.replace(found, failure=reason)
         try:
             eager, gpu, difference = self._time_forward(tokens, mode, reference)
             step_gpu, step_eager = self._time_step(tokens, mode)
         except FAILURES as problem:
-            return _with(found, failure=describe_failure(problem))
-        return _with(
+            return msgspec.structs.replace(found, failure=describe_failure(problem))
+        return msgspec.structs.replace(
             found,
             eager_us=eager,
             gpu_us=gpu,
@@ -159,11 +161,7 @@ class RandomModel:
         eager = timer.eagerly(lambda number: self._logits(batch), 1)
         if not self._bench.on_gpu:
             return eager, None, _difference(self._logits(batch), reference)
-        side = torch.cuda.Stream(self._bench.device)
-        side.wait_stream(torch.cuda.current_stream(self._bench.device))
-        with torch.cuda.stream(side):
-            self._logits(batch)
-        torch.cuda.current_stream(self._bench.device).wait_stream(side)
+        timer.warm_up_aside(lambda number: self._logits(batch), 1)
         outputs: list[Tensor] = []
         graph = capture(lambda number: outputs.append(self._logits(batch)), 1, 1)
         graph.replay()
@@ -179,9 +177,7 @@ class RandomModel:
         sets = draw_buffers(site, STEP_SETS)
 
         def call(number: int) -> Tensor:
-            own = sets[number]
-            weights = (site.q_weight, site.k_weight, site.rope_table, site.positions)
-            return PATHS[mode](own.qkv, *weights, own.k_cache, own.v_cache, site.slots, shape)
+            return PATHS[mode](*path_arguments(site, sets[number]))
 
         gpu = bench.timer.in_graph(call, STEP_SETS) if bench.on_gpu else None
         return gpu, bench.timer.eagerly(call, STEP_SETS)
@@ -195,10 +191,6 @@ class RandomModel:
 
     def _logits(self, batch: ForwardBatch) -> Tensor:
         return self._model.logits(self._model(batch, self._cache)[batch.logit_rows])
-
-
-def _with(found: Forward, **values: object) -> Forward:
-    return Forward(**{name: getattr(found, name) for name in found.__struct_fields__} | values)
 
 
 def _draw_weights(model: Qwen3, device: torch.device) -> None:

@@ -6,7 +6,6 @@ Fusewire's paths, plain torch, and the three launches of `baselines`; other libr
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,13 @@ from torch import Tensor
 from fusewire.kernels.launch import OVERLAPPING, architecture_of
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.packed import split_heads, write_kv
-from fusewire.kernels.paths import PATHS, backend_name
+from fusewire.kernels.paths import PATHS, backend_name, chain_rms_norm
 from fusewire.kernels.qk_norm import qk_norm
 from fusewire.kernels.qk_norm_rope_cache import qk_norm_rope_cache
 from fusewire.kernels.rope import apply_rope, rope_rows
 from fusewire.service.bench import baselines
 from fusewire.service.bench.exactness import Work
-from fusewire.service.bench.inputs import Buffers, Site
+from fusewire.service.bench.inputs import Buffers, Site, path_arguments
 
 Call = Callable[[Buffers], object]
 """Do the work on these buffers; returns what `Work` says."""
@@ -73,16 +72,9 @@ def _path(mode: KernelMode, site: Site) -> Call:
     path = PATHS[mode]
 
     def call(buffers: Buffers) -> Tensor:
-        return path(*_arguments(site, buffers))
+        return path(*path_arguments(site, buffers))
 
     return call
-
-
-def _arguments(site: Site, buffers: Buffers) -> tuple[Any, ...]:
-    """The arguments of a path, in the order of `QKNormPath`."""
-    weights = (site.q_weight, site.k_weight, site.rope_table)
-    caches = (buffers.k_cache, buffers.v_cache)
-    return (buffers.qkv, *weights, site.positions, *caches, site.slots, site.shape)
 
 
 def _overlapping(site: Site) -> Call:
@@ -92,7 +84,7 @@ def _overlapping(site: Site) -> Call:
         raise Absent(f"launches overlap from sm_{OVERLAPPING} on, and this is {device.type}")
 
     def call(buffers: Buffers) -> Tensor:
-        return qk_norm_rope_cache(*_arguments(site, buffers), overlap=True)
+        return qk_norm_rope_cache(*path_arguments(site, buffers), overlap=True)
 
     return call
 
@@ -103,7 +95,7 @@ def _compiled_step(site: Site) -> Call:
     path = torch.compile(PATHS[KernelMode.UNFUSED], dynamic=False, fullgraph=True)
 
     def call(buffers: Buffers) -> Tensor:
-        return path(*_arguments(site, buffers))
+        return path(*path_arguments(site, buffers))
 
     return call
 
@@ -136,14 +128,10 @@ def _torch_norm(site: Site) -> Callable[[Buffers], tuple[Tensor, Tensor]]:
 def _chain_norm(site: Site) -> Call:
     """The norm of q and of k as separate torch operations, the way a model file spells it."""
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + site.shape.eps)
-        return weight * wide.to(x.dtype)
-
     def call(buffers: Buffers) -> tuple[Tensor, Tensor]:
         q, k, _ = split_heads(buffers.qkv, site.shape)
-        return norm(q, site.q_weight), norm(k, site.k_weight)
+        eps = site.shape.eps
+        return chain_rms_norm(q, site.q_weight, eps), chain_rms_norm(k, site.k_weight, eps)
 
     return call
 

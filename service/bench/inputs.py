@@ -6,6 +6,7 @@ fill whole blocks in random order. Knows nothing of who computes with them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,13 @@ def _draw(site: Site, seed: int, joined_cache: bool) -> Buffers:
         return Buffers(qkv, joined[..., : shape.head_dim], joined[..., shape.head_dim :])
     k_cache, v_cache = (torch.zeros(*dims, shape.head_dim, dtype=dtype, device=device) for _ in range(2))
     return Buffers(qkv, k_cache, v_cache)
+
+
+def path_arguments(site: Site, buffers: Buffers) -> tuple[Any, ...]:
+    """The arguments of a path, in the order of `QKNormPath`."""
+    weights = (site.q_weight, site.k_weight, site.rope_table)
+    caches = (buffers.k_cache, buffers.v_cache)
+    return (buffers.qkv, *weights, site.positions, *caches, site.slots, site.shape)
 
 
 def number_of_sets(touched_bytes: int, l2_bytes: int, most: int) -> int:

@@ -49,7 +49,7 @@ class Timer:
         Raises:
             RuntimeError: if the call cannot be captured.
         """
-        self._warm_up_aside(call, sets)
+        self.warm_up_aside(call, sets)
         calls = _how_many(self._estimate(call, sets), GRAPH_SECONDS, FEWEST_CALLS, GRAPH_CALLS)
         graph = capture(call, calls, sets)
         graph.replay()
@@ -89,7 +89,7 @@ class Timer:
         self.synchronize()
         return time.perf_counter() - start
 
-    def _warm_up_aside(self, call: Call, sets: int) -> None:
+    def warm_up_aside(self, call: Call, sets: int) -> None:
         """Call on a side stream, as capture wants, so that nothing is compiled or set up during it."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))

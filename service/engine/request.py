@@ -3,8 +3,9 @@
 Knows nothing of what is said on the socket or of tensors.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Row, SampleSpec
@@ -86,12 +87,13 @@ class Request:
 
     def backend(self, phase: RowPhase) -> str:
         """What ran all steps of a phase, "mixed" for several, "" when the phase did not run."""
-        backends = self._backends.get(phase, set())
-        return "mixed" if len(backends) > 1 else next(iter(backends), "")
+        return _one_name(self._backends.get(phase, set()))
 
     def path(self, phase: RowPhase) -> KernelPath:
         """The one path of a phase, "mixed" for several, "" when the phase did not run."""
-        modes = self._paths.get(phase, set())
-        if len(modes) > 1:
-            return "mixed"
-        return next(iter(modes)).value if modes else ""
+        return cast(KernelPath, _one_name(self._paths.get(phase, set())))
+
+
+def _one_name(names: Collection[str]) -> str:
+    """The name that is the only one, "mixed" for several, "" for none."""
+    return "mixed" if len(names) > 1 else str(next(iter(names), ""))

@@ -14,7 +14,6 @@ from fusewire.service.messages import (
     AddRequest,
     Ended,
     EndReason,
-    EngineReady,
     KernelPath,
     RequestEvent,
     Scheduled,
@@ -59,12 +58,9 @@ class Answer:
         request: what was asked of the engine.
         options: what else was asked.
         tokenizer: whose tokens these are.
-        ready: describes the engine that generates.
     """
 
-    def __init__(
-        self, request: AddRequest, options: AnswerOptions, tokenizer: Tokenizer, ready: EngineReady
-    ) -> None:
+    def __init__(self, request: AddRequest, options: AnswerOptions, tokenizer: Tokenizer) -> None:
         self.request = request
         self._options = options
         self._tokenizer = tokenizer

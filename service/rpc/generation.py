@@ -107,7 +107,7 @@ class GenerationService:
             token_ids=request.response.token_ids,
             echo=echo,
         )
-        return Answer(add, options, tokenizer, ready)
+        return Answer(add, options, tokenizer)
 
     def _follow(self, answer: Answer, live: LiveRequest) -> None:
         """Tell the admission how far the request has come."""

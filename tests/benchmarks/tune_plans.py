@@ -19,7 +19,7 @@ from fusewire.kernels.launch import architecture_of
 from fusewire.kernels.plans import Plan
 from fusewire.kernels.qk_norm_rope_cache import launch, site_plan
 from fusewire.kernels.shape import QKNormShape
-from fusewire.service.bench.inputs import draw_buffers, draw_site, number_of_sets
+from fusewire.service.bench.inputs import draw_buffers, draw_site, number_of_sets, path_arguments
 from fusewire.service.bench.timing import GRAPH_CALLS, Timer, l2_bytes
 
 HEADS = ((16, 8), (32, 8), (64, 8))
@@ -38,16 +38,12 @@ CANDIDATES = (
 def measure(shape: QKNormShape, tokens: int, timer: Timer) -> dict:
     """Time all candidates at one size, in microseconds."""
     site = draw_site(shape, tokens, torch.bfloat16, timer.device)
-    sets = number_of_sets(site, l2_bytes(timer.device), GRAPH_CALLS)
+    sets = number_of_sets(site.step_bytes, l2_bytes(timer.device), GRAPH_CALLS)
     buffers = draw_buffers(site, sets)
     used = site_plan(tokens, shape, torch.bfloat16, timer.device)
 
     def run(number: int, plan: Plan) -> torch.Tensor:
-        mine = buffers[number]
-        return launch(
-            mine.qkv, site.q_weight, site.k_weight, site.rope_table, site.positions,
-            mine.k_cache, mine.v_cache, site.slots, shape, plan,
-        )  # fmt: skip
+        return launch(*path_arguments(site, buffers[number]), plan)
 
     want = (run(0, used), buffers[0].k_cache.clone())
     times = {}

@@ -18,7 +18,7 @@ from fusewire.kernels.plans import PLANS
 from fusewire.kernels.qk_norm import qk_norm
 from fusewire.kernels.qk_norm_rope_cache import launch
 from fusewire.kernels.qkv_epilogue import EpiloguePlan, qkv_epilogue
-from fusewire.service.bench.inputs import draw_buffers, draw_site
+from fusewire.service.bench.inputs import draw_buffers, draw_site, path_arguments
 from tests.kernels.cases import Case, make_case, site_shape
 
 SITES = (
@@ -66,10 +66,7 @@ def launch_long(tokens: int) -> None:
     shape = site_shape(32, 8, 128)
     site = draw_site(shape, tokens, torch.bfloat16, torch.device("cuda", 0))
     for mine in draw_buffers(site, 4):
-        fused(
-            mine.qkv, site.q_weight, site.k_weight, site.rope_table, site.positions,
-            mine.k_cache, mine.v_cache, site.slots, shape,
-        )  # fmt: skip
+        fused(*path_arguments(site, mine))
     torch.cuda.synchronize()
 
 

@@ -1,9 +1,6 @@
 """The baselines: run by the interpreter in a process of its own, and compiled for a GPU without one."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,22 +9,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusewire.service.bench import baselines
+from tests.tools.interpreted import run_interpreted
 
-INTERPRETED = Path(__file__).parent / "interpreted"
-ROOT = Path(__file__).parents[3]
 HEADS = {"NUM_NORMED_HEADS": 40, "HEAD_DIM": 128, "BLOCK_T": 4, "BLOCK_H": 8}
 SCALARS = {"num_tokens": "i32", "row_width": "i32", "eps": "fp32", "count": "i32"}
 POINTERS = {"rope_table": "*fp32", "positions": "*i64", "slots": "*i64"}
 
 
 def test_baselines_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(INTERPRETED)]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    if run.returncode != 0:
-        pytest.fail(
-            f"interpreted baselines (exit code {run.returncode}):\n{run.stdout}{run.stderr}", pytrace=False
-        )
+    run_interpreted(Path(__file__).parent / "interpreted")
 
 
 @pytest.mark.parametrize(

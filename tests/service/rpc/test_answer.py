@@ -17,7 +17,7 @@ from fusewire.service.messages import (
 from fusewire.service.rpc.answer import Answer, AnswerOptions, kernel_report
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1.kernel_pb2 import KernelPath
-from tests.tools.front_end_rig import demo_tokenizer, describe
+from tests.tools.front_end_rig import demo_tokenizer
 
 NOTHING_MORE = AnswerOptions()
 TEXT = st.text(st.sampled_from("ab 你👋🏽é"), max_size=12)
@@ -25,7 +25,7 @@ TEXT = st.text(st.sampled_from("ab 你👋🏽é"), max_size=12)
 
 def make_answer(options: AnswerOptions = NOTHING_MORE, **fields) -> Answer:
     request = AddRequest("id", [1, 2, 3], SamplingParams(), max_tokens=99, arrival=10.0, **fields)
-    return Answer(request, options, demo_tokenizer(), describe())
+    return Answer(request, options, demo_tokenizer())
 
 
 def events_of(token_ids: list[int], **ended) -> list[RequestEvent]:
