@@ -34,6 +34,8 @@ class QKNormPath(Protocol):
         v_cache: Tensor,
         slots: Tensor,
         shape: QKNormShape,
+        *,
+        overlap: bool = False,
     ) -> Tensor:
         """Run the path on T tokens.
 
@@ -48,6 +50,8 @@ class QKNormPath(Protocol):
             v_cache: likewise.
             slots: int64 `[T]`, `block * block_size + offset`; -1 for a token that is not kept.
             shape: heads, widths and rotation.
+            overlap: start while the launch before still runs, where the path can; see
+                `fusewire.kernels.qk_norm_rope_cache`.
 
         Returns:
             q `[T, num_q_heads, head_dim]`, normed and rotated; may share memory with qkv.
@@ -65,6 +69,8 @@ def unfused(
     v_cache: Tensor,
     slots: Tensor,
     shape: QKNormShape,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """Run the chain as separate torch operations; see `QKNormPath`.
 
@@ -86,6 +92,8 @@ def fused_norm(
     v_cache: Tensor,
     slots: Tensor,
     shape: QKNormShape,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """Normalise q and k in one launch, then go on as `unfused` does; see `QKNormPath`."""
     if torch.compiler.is_compiling():
@@ -107,6 +115,8 @@ def fused(
     v_cache: Tensor,
     slots: Tensor,
     shape: QKNormShape,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """Run norm, RoPE and the KV write in one launch, on a CPU in few torch passes; see `QKNormPath`."""
     if torch.compiler.is_compiling():
@@ -114,7 +124,9 @@ def fused(
         return qk_norm_rope_cache_op(
             qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, *fields
         )
-    return qk_norm_rope_cache(qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape)
+    return qk_norm_rope_cache(
+        qkv, q_weight, k_weight, rope_table, positions, k_cache, v_cache, slots, shape, overlap=overlap
+    )
 
 
 PATHS: Mapping[KernelMode, QKNormPath] = MappingProxyType(

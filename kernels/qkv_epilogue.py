@@ -98,14 +98,7 @@ _Site: TypeAlias = tuple[int, int, int, int, int]
 TABLE: Mapping[_Site, tuple[EpilogueRange, ...]] = MappingProxyType(
     {
         (90, 16, 8, 128, 1024): (
-            EpilogueRange(1, 16, EpiloguePlan(16, 1, 128, num_warps=4, num_stages=4)),
-            EpilogueRange(17, 32, EpiloguePlan(32, 1, 128, num_warps=4, num_stages=4)),
             EpilogueRange(1024, 4096, EpiloguePlan(128, 1, 64, num_warps=4, num_stages=3)),
-        ),
-        (90, 32, 8, 128, 4096): (
-            EpilogueRange(1, 4, EpiloguePlan(16, 1, 64, num_warps=8, num_stages=8)),
-            EpilogueRange(5, 16, EpiloguePlan(16, 1, 128, num_warps=4, num_stages=4)),
-            EpilogueRange(17, 32, EpiloguePlan(32, 1, 64, num_warps=8, num_stages=8)),
         ),
     }
 )

@@ -12,13 +12,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
-from fusewire.model.config import ModelError
+from fusewire.kernels.paged_decode import DecodeWorkspace, decode_workspace, paged_decode
+from fusewire.kernels.paged_prefill import paged_prefill, tile_tokens_for
+from fusewire.model.config import ModelConfig, ModelError
 from fusewire.model.device import to_device
 from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.kv_cache import LayerCache
 
+LONG_PROMPT = 2049
+"""Tokens from which on a whole prompt is cuDNN's; a step of fewer is captured in a graph."""
+SHORT_CONTEXT = 1024
+"""Tokens of contexts up to which the paged kernel takes them as short."""
 GATHER_TOKENS = 1 << 17
 """Cached tokens that `sdpa` gathers at once for decode rows; bounds its working memory."""
 
@@ -30,6 +35,10 @@ class StepAttention(Protocol):
         """Attend with q `[T, num_q_heads, head_dim]` causally over each row's context; same shape."""
         ...
 
+    def of_samples(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Attend with the tokens of q that yield logits alone: `[S, num_q_heads, head_dim]`."""
+        ...
+
 
 class AttentionBackend(Protocol):
     """A named way to attend over the paged cache."""
@@ -39,22 +48,149 @@ class AttentionBackend(Protocol):
         """The name under which it is chosen and reported."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph of a step serves every step of its shape."""
+        ...
+
+    def tile_tokens(self, num_tokens: int) -> int:
+        """Tokens of a row that one tile of a step of so many tokens takes."""
+        ...
+
     def begin(self, batch: ForwardBatch) -> StepAttention:
         """Prepare what all layers of a step share."""
         ...
 
+    def warm_up(self, lengths: Sequence[int], cache: LayerCache) -> None:
+        """Prepare for whole prompts of so many tokens; writes nothing."""
+        ...
 
-def select_backend(name: str, device: torch.device) -> AttentionBackend:
+
+def select_backend(
+    name: str, config: ModelConfig, max_rows: int, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
     """Pick a backend by name; "auto" takes the best one for the device.
 
     Raises:
-        ModelError: for a name that does not exist, listing those that do.
+        ModelError: for a name that does not exist there, listing those that do.
     """
-    if name not in ("auto", SdpaAttention.name):
+    names = ("triton", "sdpa") if device.type == "cuda" else ("sdpa",)
+    if name == "auto":
+        name = names[0]
+    if name not in names:
         raise ModelError(
-            f"attention_backend: {name!r} does not exist for {device.type}; there is {SdpaAttention.name}"
+            f"attention_backend: {name!r} does not exist for {device.type}; there is {' and '.join(names)}"
         )
-    return SdpaAttention()
+    if name == "sdpa":
+        return SdpaAttention()
+    return TritonAttention(config, max_rows, dtype, device)
+
+
+class TritonAttention:
+    """Paged Triton kernels for decode and for chunks, and cuDNN's where one long prompt is all there is.
+
+    Every step but such a prompt can be captured in a CUDA graph.
+    """
+
+    name = "triton"
+    capturable = True
+
+    def __init__(self, config: ModelConfig, max_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._scale = config.head_dim**-0.5
+        self._heads = config.num_heads, config.num_kv_heads
+        self._dtype = dtype
+        self._workspace = decode_workspace(
+            max_rows, config.num_heads, config.num_kv_heads, config.head_dim, device
+        )
+
+    def tile_tokens(self, num_tokens: int) -> int:
+        """As many as leave programs enough for a GPU."""
+        return tile_tokens_for(*self._heads, num_tokens, self._dtype)
+
+    def begin(self, batch: ForwardBatch) -> StepAttention:
+        """Choose the kernel by the step's shape."""
+        return _TritonStep(batch, self._scale, self._workspace, self._takes_whole(batch))
+
+    def warm_up(self, lengths: Sequence[int], cache: LayerCache) -> None:
+        """Let cuDNN build its plans for whole prompts of so many tokens, which takes 50 ms each."""
+        for length in lengths:
+            q = torch.zeros(
+                length, self._heads[0], cache.k.shape[3], dtype=self._dtype, device=cache.k.device
+            )
+            slots = torch.zeros(length, dtype=torch.int64, device=cache.k.device)
+            _attend_whole(q, cache, slots, self._scale)
+
+    def _takes_whole(self, batch: ForwardBatch) -> bool:
+        """Whether the step is one whole prompt that cuDNN is faster with."""
+        whole = len(batch.query_lens) == 1 and batch.query_lens == batch.context_lens
+        return whole and batch.query_lens[0] >= LONG_PROMPT and self._dtype.itemsize == 2
+
+
+class _TritonStep:
+    """One step's attention by the paged kernels, or by cuDNN for a whole prompt."""
+
+    def __init__(
+        self, batch: ForwardBatch, scale: float, workspace: DecodeWorkspace, takes_whole: bool
+    ) -> None:
+        self._batch = batch
+        self._scale = scale
+        self._workspace = workspace
+        self._whole_slots = None
+        if takes_whole:  # tokens that pad the prompt are behind all others, where none looks
+            self._whole_slots = torch.where(batch.slots < 0, batch.slots[0], batch.slots)
+
+    def __call__(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Attend with every token; see `StepAttention`."""
+        batch = self._batch
+        if batch.shape.is_decode:
+            return self._decode(q, cache, batch.row_seats, batch.row_contexts)
+        if self._whole_slots is not None:
+            return _attend_whole(q, cache, self._whole_slots, self._scale)
+        return paged_prefill(
+            q,
+            cache.k,
+            cache.v,
+            batch.block_tables,
+            batch.row_seats,
+            batch.row_ends,
+            batch.row_contexts,
+            batch.tiles,
+            self._scale,
+            tile_tokens=batch.shape.tile_tokens,
+            short=bool(batch.context_lens) and max(batch.context_lens) <= SHORT_CONTEXT,
+            overlap=True,
+        )
+
+    def of_samples(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Attend as decode rows do: each of these tokens is its context's last."""
+        batch = self._batch
+        return self._decode(q[batch.logit_rows], cache, batch.sample_seats, batch.sample_lengths)
+
+    def _decode(self, q: Tensor, cache: LayerCache, seats: Tensor, contexts: Tensor) -> Tensor:
+        return paged_decode(
+            q,
+            cache.k,
+            cache.v,
+            self._batch.block_tables,
+            seats,
+            contexts,
+            self._scale,
+            self._workspace,
+            overlap=True,
+        )
+
+
+def _attend_whole(q: Tensor, cache: LayerCache, slots: Tensor, scale: float) -> Tensor:
+    """Attend causally with q `[T, nq, d]` of one whole prompt, whose k and v are in slots `[T]`."""
+    k, v = (tensor.view(-1, *tensor.shape[2:])[slots] for tensor in cache)  # [T, nk, d]
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(heads.transpose(0, 1)[None] for heads in (q, k, v)),
+        None,
+        compute_log_sumexp=False,
+        is_causal=True,
+        scale=scale,
+    )
+    return out[0][0].transpose(0, 1)
 
 
 class SdpaAttention:
@@ -66,10 +202,18 @@ class SdpaAttention:
     """
 
     name = "sdpa"
+    capturable = False
 
     def __init__(self) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new context length
         self._scratch = _Scratch()
+
+    def tile_tokens(self, num_tokens: int) -> int:
+        """All: this backend knows no tiles."""
+        return num_tokens
+
+    def warm_up(self, lengths: Sequence[int], cache: LayerCache) -> None:
+        """Nothing: torch's kernels are there."""
 
     def begin(self, batch: ForwardBatch) -> StepAttention:
         """Index the cache slots of every row's context."""
@@ -80,7 +224,7 @@ class SdpaAttention:
             if length > 1:
                 parts.append(_gather_chunk(batch, row, first_token))
             first_token += length
-        return _SdpaStep(parts, self._scratch)
+        return _SdpaStep(parts, self._scratch, batch.logit_rows)
 
 
 def _groups(rows: Sequence[int], context_lens: Sequence[int]) -> list[list[int]]:
@@ -100,18 +244,28 @@ def _gather_singles(batch: ForwardBatch, rows: list[int]) -> "_SinglesPart":
     first_tokens = np.cumsum((0, *batch.query_lens))
     index = to_device(np.stack([rows, first_tokens[rows]]), device)  # [2, R]
     positions = torch.arange(lengths[0], device=device)  # [L]
-    valid = positions < batch.context_lens_tensor[index[0], None]  # [R, L]
-    slots = _slots(batch.block_tables[index[0]], torch.where(valid, positions, 0), batch.block_size)
+    valid = positions < batch.row_contexts[index[0], None]  # [R, L]
+    tables = _tables(batch, index[0], lengths[0])
+    slots = _slots(tables, torch.where(valid, positions, 0), batch.block_size)
     return _SinglesPart(index[1], slots, None if lengths[0] == lengths[-1] else valid[:, None, None])
 
 
 def _gather_chunk(batch: ForwardBatch, row: int, first_token: int) -> "_ChunkPart":
     """Index the context of one row of several tokens."""
+    from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, for seconds
+
     positions = torch.arange(batch.context_lens[row], device=batch.positions.device)
-    slots = _slots(batch.block_tables[row], positions, batch.block_size)
+    tables = _tables(batch, torch.tensor([row], device=batch.positions.device), batch.context_lens[row])
+    slots = _slots(tables[0], positions, batch.block_size)
     count = batch.query_lens[row]
     tokens = slice(first_token, first_token + count)
     return _ChunkPart(tokens, slots, causal_lower_right(count, batch.context_lens[row]))
+
+
+def _tables(batch: ForwardBatch, rows: Tensor, context: int) -> Tensor:
+    """Block tables [R, blocks] int64 of rows whose contexts are no longer than `context`."""
+    blocks = -(-context // batch.block_size)
+    return batch.block_tables[batch.row_seats[rows].long(), :blocks].long()
 
 
 def _slots(tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
@@ -190,6 +344,10 @@ class _Scratch:
 class _SdpaStep:
     parts: list[_Part]
     scratch: _Scratch
+    logit_rows: Tensor
+
+    def of_samples(self, q: Tensor, cache: LayerCache) -> Tensor:
+        return self(q, cache)[self.logit_rows]
 
     def __call__(self, q: Tensor, cache: LayerCache) -> Tensor:
         out = torch.empty_like(q)

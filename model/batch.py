@@ -2,47 +2,77 @@
 
 Torch-free on purpose: the scheduler builds these, the runner turns them into tensors. A step holds
 one kernel mode; its rows may mix decode and prefill, for the phase belongs to the row.
+
+A running sequence has a seat, an index into tables that live on the device: its tokens, its block
+table, its sampling knobs. So a row says where it is in its sequence and no more, and a step can be
+planned before the step ahead of it has told its tokens: those are on the device already.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fusewire.kernels.modes import KernelMode
 from fusewire.model.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class SampleSpec:
-    """Says that a row's last token yields a new one, and how it is chosen."""
+class Seating:
+    """A sequence takes a seat, before its first row or, after a preemption, again."""
 
+    seat: int
+    token_ids: Sequence[int]
+    """Every token that is known: the prompt, and what was generated before a preemption."""
+    prompt_len: int
+    """How many of them are the prompt; the rest, and all to come, are the answer."""
+    block_table: Sequence[int]
+    """Covers `token_ids`; token at position p lives in block `block_table[p // block_size]`."""
     params: SamplingParams
-    prompt_ids: Sequence[int]
-    """The request's prompt, read only when `params.penalised`."""
-    output_ids: Sequence[int]
-    """The tokens generated so far; their number is the position that seeds the random numbers."""
-    banned_ids: Sequence[int] = ()
-    """Tokens that must not be chosen now (end and stop tokens before min_tokens)."""
+
+    def __post_init__(self) -> None:
+        """Check that there is a prompt."""
+        if not 0 < self.prompt_len <= len(self.token_ids):
+            raise ValueError(f"prompt_len: must be 1 to {len(self.token_ids)}, got {self.prompt_len}")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's share of a step: tokens `[start, start + len(token_ids))` of it.
+    """One sequence's share of a step: tokens `[start, start + count)` of it. A decode row has one.
 
-    `block_table` covers every position up to the row's last; token at position p lives in block
-    `block_table[p // block_size]` at offset `p % block_size`. A decode row has one token.
+    A row that samples ends at the sequence's last token, and its choice becomes token `start + count`,
+    on the device at once and on the host when the step is collected.
     """
 
-    token_ids: Sequence[int]
+    seat: int
     start: int
-    block_table: Sequence[int]
-    sample: SampleSpec | None
-    """None for a prompt chunk that does not end the prompt: no logits are computed for it."""
+    count: int
+    samples: bool
+    """False for a prompt chunk that does not end the prompt: no logits are computed for it."""
+    new_block: int = -1
+    """Block that the last token of the row is the first to use, if the table did not have it; else -1."""
+    banned_ids: Sequence[int] = ()
+    """Tokens that must not be chosen now (end and stop tokens before min_tokens)."""
 
     def __post_init__(self) -> None:
         """Check that the row holds a token and starts inside the sequence."""
-        if not self.token_ids:
-            raise ValueError("token_ids: a row needs at least one token, got 0")
+        if self.count < 1:
+            raise ValueError(f"count: a row needs at least one token, got {self.count}")
         if self.start < 0:
             raise ValueError(f"start: must not be negative, got {self.start}")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step computes, on one kernel mode. Each seat has one row at most."""
+
+    mode: KernelMode
+    rows: Sequence[Row]
+    seatings: Sequence[Seating] = ()
+    """Applied before the rows."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(row.count for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,18 @@
 """The decoder's building blocks: RMSNorm, gated MLP and the QK-norm site.
 
 Parameters are made on their device, in their dtype and uninitialised, for the checkpoint fills them.
-Knows nothing of phases: prefill, decode and chunks take the same way through every block.
+Blocks add to the residual stream in place. Knows nothing of phases: prefill, decode and chunks take the
+same way through every block.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import EPILOGUE_BACKEND, PATHS, backend_name
+from fusewire.kernels.projections import linear_add_, norm_glu, norm_linear, streams_weights
 from fusewire.kernels.qkv_epilogue import EpilogueRange, qkv_epilogue, ranges_of
+from fusewire.kernels.rms_norm import rms_norm
 from fusewire.kernels.shape import QKNormShape
 from fusewire.model.config import ModelConfig
 from fusewire.model.forward_batch import ForwardBatch
@@ -23,7 +25,7 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`, with weight `[outputs, inputs]`."""
+    """`x @ weight.T + bias`, with weight `[outputs, inputs]`; how it is computed is its user's choice."""
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device
@@ -32,41 +34,40 @@ class Linear(nn.Module):
         self.weight = empty_parameter(outputs, inputs, dtype=dtype, device=device)
         self.bias = empty_parameter(outputs, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., inputs]` to `[..., outputs]`."""
-        return F.linear(x, self.weight, self.bias)
+    def add_to_(self, stream: Tensor, x: Tensor) -> None:
+        """Add the projection of x `[T, inputs]` to the residual stream `[T, outputs]`, in place."""
+        linear_add_(stream, x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
-    """`x · rsqrt(mean(x²) + eps) · weight` over the last dimension (Zhang and Sennrich 2019)."""
+    """`x · rsqrt(mean(x²) + eps) · weight` over the last dimension (Zhang and Sennrich 2019).
+
+    Holds the weight; the norm itself is part of the projection that follows.
+    """
 
     def __init__(self, width: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = empty_parameter(width, dtype=dtype, device=device)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm `[..., width]`; computed in float32 inside and rounded once."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) · up(x))` with gate and up packed into one projection (Shazeer 2020)."""
+    """`down(silu(gate(h)) · up(h))` of the normed stream h, gate and up packed (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        width = config.intermediate_size
-        self.gate_up = Linear(config.hidden_size, 2 * width, bias=False, dtype=dtype, device=device)
-        self.down = Linear(width, config.hidden_size, bias=False, dtype=dtype, device=device)
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self.gate_up = Linear(hidden, 2 * width, bias=False, dtype=dtype, device=device)
+        self.down = Linear(width, hidden, bias=False, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[T, hidden]` to the same shape."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def add_to_(self, stream: Tensor) -> None:
+        """Add the block's output to the residual stream `[T, hidden]`, in place."""
+        self.down.add_to_(stream, norm_glu(stream, self.norm.weight, self.norm.eps, self.gate_up.weight))
 
 
 class QKNorm(nn.Module):
-    """The one site that decides the kernel path: packed qkv projection, QK norm, RoPE and KV write.
+    """The one site that decides the kernel path: input norm, packed qkv projection, QK norm, RoPE, KV write.
 
     It looks only at the batch's kernel mode and number of tokens, so it works the same in prefill,
     decode and chunks.
@@ -95,6 +96,7 @@ class QKNorm(nn.Module):
             rotary_dim=config.head_dim,
         )
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.qkv = Linear(config.hidden_size, width, bias=config.attention_bias, dtype=dtype, device=device)
         self.q_weight = empty_parameter(config.head_dim, dtype=dtype, device=device)
         self.k_weight = empty_parameter(config.head_dim, dtype=dtype, device=device)
@@ -116,25 +118,13 @@ class QKNorm(nn.Module):
         )
         return next(fitting, None)
 
-    def attn_input(self, hidden: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
-        """Turn hidden rows `[T, hidden]` into q `[T, num_q_heads, head_dim]`; k and v enter the cache."""
-        if epilogue := self._epilogue(batch.kernel_mode, len(hidden)):
-            return qkv_epilogue(
-                hidden,
-                self.qkv.weight,
-                self.qkv.bias,
-                self.q_weight,
-                self.k_weight,
-                self.rope_table,
-                batch.positions,
-                cache.k,
-                cache.v,
-                batch.slots,
-                self.shape,
-                epilogue.plan,
-            )
-        return PATHS[batch.kernel_mode](
-            self.qkv(hidden),
+    def attn_input(self, stream: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
+        """Turn the residual stream `[T, hidden]` into q `[T, num_q_heads, head_dim]`.
+
+        k and v enter the cache.
+        """
+        norm, qkv = self.norm, self.qkv
+        site = (
             self.q_weight,
             self.k_weight,
             self.rope_table,
@@ -144,3 +134,9 @@ class QKNorm(nn.Module):
             batch.slots,
             self.shape,
         )
+        if epilogue := self._epilogue(batch.kernel_mode, len(stream)):
+            hidden = rms_norm(stream, norm.weight, norm.eps)
+            return qkv_epilogue(hidden, qkv.weight, qkv.bias, *site, epilogue.plan)
+        overlap = streams_weights(stream, qkv.weight)
+        projected = norm_linear(stream, norm.weight, norm.eps, qkv.weight, qkv.bias)
+        return PATHS[batch.kernel_mode](projected, *site, overlap=overlap)

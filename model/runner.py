@@ -1,13 +1,17 @@
-"""Runs steps of the model: rows of token ids in, chosen tokens out.
+"""Runs steps of the model: rows in, chosen tokens out.
 
-Owns weights, paged KV cache and device. Knows nothing of requests, queues or which block belongs to
-whom; it computes the rows it is given.
+Owns weights, paged KV cache, the seats' tables and the device. A step is launched without waiting for
+it and collected later, so the host can plan the next one meanwhile. Knows nothing of requests, queues
+or which block belongs to whom; it computes the rows it is given.
 """
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,11 +19,12 @@ from torch import Tensor
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import backend_name
 from fusewire.model.attention import select_backend
-from fusewire.model.batch import Row, Sampled, SampleSpec
+from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.model.config import ModelConfig, ModelError
+from fusewire.model.cuda_graphs import PREFILL_TOKENS, StepGraphs, decode_buckets, prefill_buckets
 from fusewire.model.device import name_of_device, name_of_dtype, resolve_device, resolve_dtype
 from fusewire.model.families.qwen3 import Qwen3
-from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.forward_batch import ForwardBatch, StepInputs, StepShape
 from fusewire.model.kv_cache import (
     KVCache,
     blocks_for,
@@ -28,13 +33,23 @@ from fusewire.model.kv_cache import (
     bytes_per_block,
     cpu_memory_bytes,
 )
-from fusewire.model.sampler import sample
+from fusewire.model.sampler import Choice, Sampler
 from fusewire.model.sampling_params import SamplingParams
+from fusewire.model.seats import SeatTable
 from fusewire.model.weights import Progress, load_weights
 
 _GREEDY = SamplingParams()
 _SHAPED = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=1)
 _WIDEST = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=1)
+
+_MOST = MappingProxyType({"cuda": (256, 16384), "cpu": (64, 2048)})
+"""Rows and tokens of the largest step where options do not say."""
+_GRAPH_BYTES = 1 << 30
+"""GPU memory set aside for CUDA graphs; what they take is in the start report."""
+_TOKEN_MULTIPLE = 64
+"""Steps without a graph are padded to a multiple of so many tokens, which products run better with."""
+_PROMPT_MULTIPLES = ((4096, 512), (8192, 1024), (sys.maxsize, 2048))
+"""The same for one whole prompt, by its length: cuDNN builds a plan, 50 ms, for each length it meets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +66,10 @@ class RunnerOptions:
     block_size: int = 16
     max_context: int | None = None
     """Tokens of the longest sequence; None takes the model's."""
-    max_running: int = 64
-    """Rows of the largest step."""
-    max_step_tokens: int = 2048
-    """Tokens of the largest step."""
+    max_running: int | None = None
+    """Rows of the largest step; None takes 256 on CUDA and 64 on a CPU."""
+    max_step_tokens: int | None = None
+    """Tokens of the largest step; None takes 16384 on CUDA and 2048 on a CPU, or `max_running` if more."""
     kv_tokens: int | None = None
     """Tokens that the KV cache holds; None sizes it by memory."""
     gpu_memory_utilization: float = 0.9
@@ -74,6 +89,17 @@ class RunnerOptions:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that the device is at work on."""
+
+    rows: Sequence[Row]
+    choice: Choice | None
+    """None if no row samples."""
+    done: torch.cuda.Event | None
+    """Recorded after the step, where there is a device to wait for."""
+
+
 class ModelRunner:
     """A loaded model with its KV cache, ready to run steps on one device."""
 
@@ -85,15 +111,21 @@ class ModelRunner:
                 tensor or option.
         """
         folder = Path(options.path)
+        started = time.monotonic()
         self.config = ModelConfig.read(folder)
         self.context_length = _context_length(self.config, options.max_context)
         self.block_size = options.block_size
-        self._max_step_tokens = options.max_step_tokens
         self._device = resolve_device(options.device)
+        most_running, most_tokens = _MOST[self._device.type]
+        self.max_running = options.max_running or min(most_running, options.max_step_tokens or most_tokens)
+        self.max_step_tokens = options.max_step_tokens or max(most_tokens, self.max_running)
         self._dtype = resolve_dtype(options.dtype, self.config.dtype, self._device)
         torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32
-        attention = select_backend(options.attention_backend, self._device)
+        attention = select_backend(
+            options.attention_backend, self.config, self.max_running, self._dtype, self._device
+        )
         self.attention_backend = attention.name
+        self._attention = attention
         with _out_of_memory_names("dtype, gpu_memory_utilization", "the weights do not fit"):
             self._model = Qwen3(
                 self.config,
@@ -104,6 +136,16 @@ class ModelRunner:
                 deterministic=options.deterministic,
             )
             load_weights(folder, self._model.checkpoint_views(), self._model.ignored_tensors, progress)
+        self.start_report = {"load_seconds": time.monotonic() - started}
+        """What the start took: seconds of loading, warming up and capturing, bytes and number of graphs."""
+        max_blocks = blocks_for(self.context_length, self.block_size)
+        with _out_of_memory_names("max_running, max_context", "the tables of running sequences do not fit"):
+            self._seats = SeatTable(self.max_running, self.context_length, max_blocks, self._device)
+            most_tokens = self._most_tokens()
+            self._inputs = StepInputs(self._seats, self.block_size, most_tokens, self.max_running)
+            self._sampler = Sampler(self._seats, self.config.vocab_size, self.max_running)
+        self._graphs = StepGraphs() if self._device.type == "cuda" and attention.capturable else None
+        self._outputs = self._allocate_outputs()
         self.num_blocks = self._choose_num_blocks(options)
         with _out_of_memory_names("kv_tokens, gpu_memory_utilization", "the KV cache does not fit"):
             self._cache = self._allocate_cache(self.num_blocks)
@@ -131,50 +173,174 @@ class ModelRunner:
         """Name the implementation that runs a step of so many tokens."""
         return self._model.site.backend(mode, num_tokens)
 
-    def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
-        """Run one step on one kernel path: an entry a row, None for rows that sample nothing.
-
-        Waits for the device exactly once, at the end.
-        """
-        logits = self.logits(rows, mode)
-        specs = [row.sample for row in rows if row.sample is not None]
-        if not specs:
-            self._synchronize()
-            return [None] * len(rows)
-        tokens = iter(sample(logits, specs))
-        return [None if row.sample is None else next(tokens) for row in rows]
+    # ---- steps ----
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Row], mode: KernelMode) -> Tensor:
-        """Run one step and return the logits [S, vocabulary] of the rows that sample, in order."""
-        batch = ForwardBatch.build(rows, mode, self.block_size, self._device)
-        hidden = self._model(batch, self._cache)
-        return self._model.logits(hidden[batch.logit_rows])
+    def launch(self, step: Step) -> LaunchedStep:
+        """Start a step and return; the device takes steps in the order of their launches."""
+        logits, batch = self._compute(step)
+        choice = None
+        if logits is not None:
+            sampling = [row for row in step.rows if row.samples]
+            choice = self._sampler.choose(logits, sampling, batch.sample_seats, batch.sample_lengths)
+        return LaunchedStep(step.rows, choice, self._record())
+
+    def collect(self, launched: LaunchedStep) -> list[Sampled | None]:
+        """Wait for a step: an entry a row, None for rows that sample nothing."""
+        if launched.choice is None:
+            if launched.done is not None:
+                launched.done.synchronize()
+            return [None] * len(launched.rows)
+        tokens = iter(launched.choice.collect())
+        return [next(tokens) if row.samples else None for row in launched.rows]
+
+    def run(self, step: Step) -> list[Sampled | None]:
+        """Launch a step and wait for it."""
+        return self.collect(self.launch(step))
+
+    @torch.inference_mode()
+    def logits(self, step: Step) -> Tensor:
+        """Run one step and return the logits [S, vocabulary] of the rows that sample, in order.
+
+        They are overwritten by the next step.
+        """
+        logits, batch = self._compute(step)
+        return batch.input_ids.new_empty(0, self.config.vocab_size) if logits is None else logits
+
+    def _compute(self, step: Step) -> tuple[Tensor | None, ForwardBatch]:
+        """Launch the forward pass; its logits [S, vocabulary], or None if no row samples."""
+        if step.seatings:
+            self._seats.seat(step.seatings)
+        shape = self._shape_of(step)
+        batch = self._inputs.load(step.rows, step.mode, shape)
+        if self._graphs is None or not self._graphs.replay(step.mode, shape):
+            self._forward(batch)
+        num_samples = len(batch.logit_rows)
+        if shape.is_decode:
+            return self._outputs.logits[:num_samples], batch
+        if not num_samples:
+            return None, batch
+        return self._model.logits(self._outputs.stream[:num_samples]), batch
+
+    def _forward(self, batch: ForwardBatch) -> None:
+        """Run the model over a batch into the outputs: logits of a decode step, else the last stream."""
+        self._inputs.expand(batch)
+        stream = self._model(batch, self._cache)
+        if batch.shape.is_decode:
+            self._model.logits(stream, out=self._outputs.logits[: len(stream)])
+        else:
+            self._outputs.stream[: len(stream)] = stream
+
+    def _shape_of(self, step: Step) -> StepShape:
+        """Choose the shape to run a step in: a captured one, or its own."""
+        num_rows, num_tokens = len(step.rows), step.num_tokens
+        is_decode = num_tokens == num_rows and all(row.samples for row in step.rows)
+        if self._graphs is None:
+            return self._decode_shape(num_rows) if is_decode else self._chunk_shape(num_tokens, num_rows)
+        captured = self._graphs.smallest(num_tokens, num_rows, is_decode=is_decode)
+        if captured is not None:
+            return captured
+        if is_decode:
+            return self._decode_shape(num_rows)
+        is_prompt = num_rows == 1 and step.rows[0].start == 0
+        return self._chunk_shape(_padded(num_tokens, is_prompt=is_prompt), num_rows)
+
+    def _decode_shape(self, num_rows: int) -> StepShape:
+        return StepShape(num_rows, num_rows)
+
+    def _chunk_shape(self, num_tokens: int, num_rows: int) -> StepShape:
+        """A shape of rows of any length, with as many tiles as they could need."""
+        tile = self._attention.tile_tokens(num_tokens)
+        return StepShape(num_tokens, num_rows, num_tokens // tile + num_rows, tile)
+
+    def _record(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    # ---- warming up ----
 
     def warm_up(self, modes: Sequence[KernelMode]) -> None:
-        """Run small prefills, decodes and mixtures on each mode, so that nothing compiles later.
+        """Run steps of every kind on each mode and capture the graphs, so that nothing compiles later.
 
         Writes to the KV cache: call it before any sequence is alive.
         """
-        steps = (
-            [1],
-            [1, 1],
-            [1] * 16,
-            [16],
-            [33],
-            [33, 1, 7],
-            [129],  # past the kernels' small launches
-            *([sizes.min_tokens] for sizes in self._model.site.epilogue_ranges),
-        )
+        started = time.monotonic()
         for mode in modes:
-            for lengths in steps:
-                tokens = [min(length, self.context_length, self._max_step_tokens) for length in lengths]
+            for lengths in self._probes():
                 for params in (_GREEDY, _SHAPED):
-                    self.run([_probe(count, self.block_size, params=params) for count in tokens], mode)
+                    self._run_probe(lengths, params, mode)
+        self._attention.warm_up(self._long_prompts(), self._cache.layers[0])
+        self._sampler.warm_up(self._dtype)
+        warmed = time.monotonic()
+        self.start_report["warm_up_seconds"] = warmed - started
+        if self._graphs is not None:
+            self._capture(self._graphs, modes)
+            self.start_report["capture_seconds"] = time.monotonic() - warmed
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _probes(self) -> list[list[int]]:
+        """Token counts of the rows of steps that between them run every kernel of a step."""
+        steps = [[1], [1] * self.max_running, [16], [33, 1, 7], [129]]
+        if self._device.type == "cuda":  # past the graphs: chunks of long and of short contexts
+            steps += [[PREFILL_TOKENS[-1], 64], [66] * 32]
+        return steps
+
+    def _long_prompts(self) -> list[int]:
+        """Tokens that whole prompts without a graph are padded to."""
+        lengths = range(PREFILL_TOKENS[-1] + 1, self.max_step_tokens + 1, _TOKEN_MULTIPLE)
+        return sorted({_padded(length, is_prompt=True) for length in lengths})
+
+    @torch.inference_mode()
+    def _capture(self, graphs: StepGraphs, modes: Sequence[KernelMode]) -> None:
+        """Capture every bucket, the largest first, so that the smaller ones fit the memory it took."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        chunks = [
+            self._chunk_shape(tokens, min(tokens, self.max_running))
+            for tokens in prefill_buckets(self.max_step_tokens)
+        ]
+        decodes = [self._decode_shape(rows) for rows in decode_buckets(self.max_running)]
+        knobs = "gpu_memory_utilization, max_running"
+        with _out_of_memory_names(knobs, "the CUDA graphs do not fit beside the KV cache"):
+            for shape in reversed([*decodes, *chunks]):
+                for mode in modes:
+                    batch = self._inputs.load([], mode, shape)
+                    graphs.capture(mode, shape, lambda batch=batch: self._forward(batch))  # type: ignore[misc]
+        self.start_report |= {
+            "graphs": float(len(graphs)),
+            "graph_bytes": float(free - torch.cuda.mem_get_info(self._device)[0]),
+        }
+
+    def _run_probe(
+        self, lengths: Sequence[int], params: SamplingParams, mode: KernelMode, *, at_end: bool = False
+    ) -> None:
+        """Run one step of rows of token 0, at the start or the end of contexts that all lie in block 0."""
+        rows, seatings, left = [], [], self.max_step_tokens
+        for seat, length in enumerate(lengths[: min(self.max_running, left)]):
+            count = min(length, self.context_length, left)
+            left -= count
+            start = self.context_length - count if at_end else 0
+            table = [0] * blocks_for(start + count, self.block_size)
+            seatings.append(Seating(seat, [0] * (start + count), start + count, table, params))
+            rows.append(Row(seat, start, count, samples=True))
+        self.run(Step(mode, rows, seatings))
+
+    # ---- memory ----
+
+    def _most_tokens(self) -> int:
+        """Tokens of the largest step, padded."""
+        return _padded(max(self.max_step_tokens, self.max_running), is_prompt=True)
+
+    def _allocate_outputs(self) -> "_Outputs":
+        widths = (self.config.vocab_size, self.config.hidden_size)
+        with _out_of_memory_names("max_running", "a step's outputs do not fit"):
+            return _Outputs(
+                *(
+                    torch.empty(self.max_running, width, dtype=self._dtype, device=self._device)
+                    for width in widths
+                )
+            )
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:
         return KVCache(self.config, num_blocks, self.block_size, self._dtype, self._device)
@@ -189,11 +355,11 @@ class ModelRunner:
             blocks = options.kv_tokens // self.block_size
         elif self._device.type == "cuda":
             knobs = "gpu_memory_utilization, max_context, max_step_tokens"
-            working = self._measure_working_bytes(options)
+            working = self._measure_working_bytes() + _GRAPH_BYTES
             affordable = blocks_in_gpu_memory(self._device, options.gpu_memory_utilization, working, size)
-            blocks = min(affordable, options.max_running * needed)  # more could never be in use
+            blocks = min(affordable, self.max_running * needed)  # more could never be in use
         else:
-            blocks = blocks_in_cpu_memory(self.context_length, options.max_running, self.block_size, size)
+            blocks = blocks_in_cpu_memory(self.context_length, self.max_running, self.block_size, size)
         if blocks < needed:
             raise ModelError(
                 f"{knobs}: a KV cache of {blocks * self.block_size} tokens cannot hold one sequence of "
@@ -203,22 +369,38 @@ class ModelRunner:
             raise ModelError(f"{knobs}: a KV cache of {blocks * size / 2**30:.1f} GiB exceeds the memory")
         return blocks
 
-    def _measure_working_bytes(self, options: RunnerOptions) -> int:
+    def _measure_working_bytes(self) -> int:
         """Run the two heaviest steps on a cache of one block and take the peak of what they allocate."""
-        chunk = min(options.max_step_tokens, self.context_length)
-        longest_chunk = [_probe(chunk, self.block_size, start=self.context_length - chunk, params=_WIDEST)]
-        decode = _probe(1, self.block_size, start=self.context_length - 1, params=_WIDEST)
         knobs = "max_step_tokens, max_running"
         with _out_of_memory_names(knobs, "the largest step does not fit beside the weights"):
             self._cache = self._allocate_cache(1)
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
-            for rows in (longest_chunk, [decode] * options.max_running):
-                self.run(rows, KernelMode.UNFUSED)
+            for lengths in ([self.max_step_tokens], [1] * self.max_running):
+                at_end = not self._attention.capturable  # such a backend's memory grows with the context
+                self._run_probe(lengths, _WIDEST, KernelMode.UNFUSED, at_end=at_end)
             peak = torch.cuda.max_memory_allocated(self._device) - before
         del self._cache
         torch.cuda.empty_cache()
         return peak
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Where forward passes leave what comes of them, each over what the last one left."""
+
+    logits: Tensor
+    """[max_running, vocabulary], of decode steps."""
+    stream: Tensor
+    """[max_running, hidden], of other steps: of the tokens that yield logits."""
+
+
+def _padded(tokens: int, *, is_prompt: bool = False) -> int:
+    """Tokens of a step that has no graph, those that pad it included."""
+    multiple = _TOKEN_MULTIPLE
+    if is_prompt:
+        multiple = next(each for most, each in _PROMPT_MULTIPLES if tokens <= most)
+    return -(-tokens // multiple) * multiple
 
 
 def _context_length(config: ModelConfig, max_context: int | None) -> int:
@@ -230,12 +412,6 @@ def _context_length(config: ModelConfig, max_context: int | None) -> int:
             f"{config.max_position_embeddings}"
         )
     return max_context
-
-
-def _probe(tokens: int, block_size: int, *, start: int = 0, params: SamplingParams) -> Row:
-    """Make a row of token 0 whose whole context lies in block 0: any cache can hold it."""
-    sample_spec = SampleSpec(params=params, prompt_ids=[0], output_ids=[0])
-    return Row([0] * tokens, start, [0] * blocks_for(start + tokens, block_size), sample_spec)
 
 
 @contextmanager

@@ -1,219 +1,232 @@
-"""Chooses the next token of each row from its logits.
+"""Chooses the next token of each row from its logits, and lets the host have it later.
 
-Vectorised over rows. Random numbers depend only on (seed, position): a counter-based hash gives
-every token of the vocabulary its own number, so a request draws the same token alone or in any
-batch, on any device. Knows nothing of sequences beyond the ids it is handed.
+Knobs and history are in the seats' table, and a choice goes back into it on the device: a step can be
+launched before the host knows what the step ahead of it chose. The host decides which parts run, from
+its own copy of the knobs. Random numbers depend only on (seed, index in the answer), so a request draws
+the same token alone or in any batch, on any device. Knows nothing of sequences beyond their seats.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusewire.model.batch import Sampled, SampleSpec
+from fusewire.kernels.sampling import FEW_ROWS, draw, find_floors, penalise, workspace_for
+from fusewire.model.batch import Row, Sampled
 from fusewire.model.device import to_device
+from fusewire.model.sampling_params import SamplingParams
+from fusewire.model.seats import SeatTable
 
-_MIN_TEMPERATURE = 1e-6
-"""Below this, scaled differences of logits lose their meaning in float32; the draw is greedy anyway."""
-_ELEMENTS_AT_ONCE = MappingProxyType({"cpu": 1 << 18, "cuda": 1 << 24})
-"""Logits shaped together: what stays in a CPU's cache; what bounds working memory on a GPU."""
-_MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
+_ADJUSTED, _TRUNCATED, _REPORTED = 1, 2, 4
+"""What a row needs beside a draw: penalties, bias or bans; a floor; log-probabilities."""
 
 
-@torch.inference_mode()
-def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """Choose a token for each row of logits [S, V]; waits for the device once.
+class Sampler:
+    """Chooses tokens for the sequences of one table.
 
-    The order is: repetition, presence and frequency penalty, logit bias, bans; then temperature,
-    top-k, top-p, min-p and the draw. Log-probabilities are of the logits as they came.
+    Args:
+        seats: where knobs and tokens are; choices are written to it.
+        vocab_size: V, logits of a row.
+        max_rows: rows of the largest batch.
     """
-    chosen = logits.argmax(-1)
-    shaped = _where(specs, lambda spec: not _is_plain(spec))
-    at_once = max(_ELEMENTS_AT_ONCE[logits.device.type] // logits.shape[-1], 1)
-    for start in range(0, len(shaped), at_once):
-        part = shaped[start : start + at_once]
-        rows = _index(part, logits)
-        chosen[rows] = _choose(logits[rows].float(), [specs[row] for row in part])
-    return _report(logits, chosen, specs)
+
+    def __init__(self, seats: SeatTable, vocab_size: int, max_rows: int) -> None:
+        self._seats = seats
+        self._vocab_size = vocab_size
+        self._max_rows = max_rows
+        self._workspace = workspace_for(max_rows, vocab_size, seats.device)
+        self._ids = torch.empty(max_rows, dtype=torch.int32, device=seats.device)
+        self._free: list[_Parcel] = []
+        """Parcels that no choice is in; as many are made as there ever are choices in flight."""
+        self._known: list[SamplingParams | None] = [None] * len(seats.params)
+        self._needs = [0] * len(seats.params)
+        """What each seat needs under the knobs that are known."""
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, rows: Sequence[Row], seats: Tensor, lengths: Tensor) -> "Choice":
+        """Choose a token for each row and append it to the seat's tokens; waits for nothing.
+
+        The order is: repetition, presence and frequency penalty, logit bias, bans; then temperature,
+        top-k, top-p, min-p and the draw. Log-probabilities are of the logits as they came.
+
+        Args:
+            logits: `[S, V]`, fp16, bf16 or fp32, S from 1 to `max_rows`; rows may be strided.
+            rows: the S rows that sample, in the order of the logits.
+            seats: int32 `[S]`, on the device: each row's seat.
+            lengths: int32 `[S]`, on the device: `start + count` of each row.
+
+        Raises:
+            TypeError: for logits of another dtype.
+            ValueError: for logits whose rows have gaps.
+        """
+        needs = self._needs_of(rows)
+        adjusted = _where(needs, _ADJUSTED)
+        if len(adjusted) < len(rows):  # the others' draws are made, too, and made again below
+            wanted = [need & _TRUNCATED for need in needs if not need & _ADJUSTED]
+            self._draw(logits, seats, lengths, None, truncated=any(wanted))
+        if adjusted:
+            index = _index(adjusted, logits)
+            shaped = self._adjust(logits, index, [rows[place] for place in adjusted], seats, lengths)
+            truncated = any(needs[place] & _TRUNCATED for place in adjusted)
+            self._draw(shaped, seats, lengths, index, truncated=truncated)
+        ids = self._ids[: len(rows)]
+        asking = [(place, self._params(rows[place]).logprobs) for place in _where(needs, _REPORTED)]
+        report = _report(logits, ids, asking) if asking else None
+        parcel = self._free.pop() if self._free else _Parcel.on(logits.device, self._max_rows)
+        parcel.send(ids, report)
+        return Choice(parcel, len(rows), asking, self._free.append)
+
+    @torch.inference_mode()
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile all that any choice from contiguous logits of a dtype may need, so that no request waits.
+
+        The seat for padding lends itself; of its tokens, the one after the first is overwritten.
+        """
+        table, width = self._seats, self._vocab_size
+        for count in {1, min(FEW_ROWS + 1, self._max_rows)}:
+            logits = torch.zeros(count, width, dtype=dtype, device=table.device)
+            seats = torch.full((count,), table.num_seats, dtype=torch.int32, device=table.device)
+            lengths = torch.ones_like(seats)
+            index = _index(range(count), logits)
+            adjusted = penalise(logits, index, seats, lengths, table.knobs, table.tokens, 1)
+            for truncated in (False, True):
+                self._draw(logits, seats, lengths, None, truncated=truncated)
+                self._draw(adjusted, seats, lengths, index, truncated=truncated)
+
+    def _needs_of(self, rows: Sequence[Row]) -> list[int]:
+        """Tell what each row needs; a seat's knobs are looked at when they change."""
+        params, known, needs = self._seats.params, self._known, self._needs
+        found = []
+        for row in rows:
+            seat = row.seat
+            if known[seat] is not params[seat]:
+                known[seat] = params[seat]
+                needs[seat] = _needs(params[seat], self._vocab_size)
+            found.append(needs[seat] | _ADJUSTED if row.banned_ids else needs[seat])
+        return found
+
+    def _params(self, row: Row) -> SamplingParams:
+        return self._seats.params[row.seat]
+
+    def _draw(
+        self, logits: Tensor, seats: Tensor, lengths: Tensor, index: Tensor | None, *, truncated: bool
+    ) -> None:
+        """Draw from logits `[R, V]` of the rows of an index, or of all."""
+        knobs = self._seats.knobs
+        floors = find_floors(logits, seats, knobs, self._workspace, index) if truncated else None
+        tokens = self._seats.tokens
+        draw(logits, seats, lengths, knobs, tokens, self._ids, self._workspace, floors, index)
+
+    def _adjust(
+        self, logits: Tensor, index: Tensor, rows: Sequence[Row], seats: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Copy the logits `[R, V]` of an index as float32; penalise, add bias and ban."""
+        if any(self._params(row).penalised for row in rows):
+            longest = max(row.start + row.count for row in rows)
+            table = self._seats
+            adjusted = penalise(logits, index, seats, lengths, table.knobs, table.tokens, longest)
+        else:
+            adjusted = logits.index_select(0, index).float()
+        flat, width = adjusted.view(-1), self._vocab_size
+        biases = [
+            (place * width + token, bias)
+            for place, row in enumerate(rows)
+            for token, bias in self._params(row).logit_bias.items()
+        ]
+        if biases:
+            entries, values = zip(*biases, strict=True)
+            flat.scatter_add_(0, _index(entries, logits), _floats(values, logits))
+        bans = [place * width + token for place, row in enumerate(rows) for token in row.banned_ids]
+        if bans:
+            flat.index_fill_(0, _index(bans, logits), -math.inf)
+        return adjusted
 
 
-def _where(specs: Sequence[SampleSpec], predicate: Callable[[SampleSpec], bool]) -> list[int]:
-    return [row for row, spec in enumerate(specs) if predicate(spec)]
+@dataclass(slots=True)
+class Choice:
+    """Chosen tokens on their way to the host."""
+
+    _parcel: "_Parcel"
+    _count: int
+    _asking: Sequence[tuple[int, int]]
+    """Rows that asked for log-probabilities, and for how many of the likeliest tokens."""
+    _give_back: Callable[["_Parcel"], None]
+    _sampled: list[Sampled] = field(default_factory=list)
+
+    def collect(self) -> list[Sampled]:
+        """Wait for the tokens, not for what was launched after them; the same list when asked again."""
+        if not self._sampled:
+            ids, report = self._parcel.open(self._count)
+            self._give_back(self._parcel)
+            self._sampled = [Sampled(token) for token in ids]
+            for (row, most), (logprob, *rest) in zip(self._asking, report, strict=True):
+                values, tokens = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+                top = tuple(zip(map(int, tokens[:most]), values[:most], strict=True))
+                self._sampled[row] = Sampled(ids[row], logprob, top)
+        return self._sampled
 
 
-def _is_plain(spec: SampleSpec) -> bool:
-    """Whether the row's token is just the argmax of its logits."""
-    params = spec.params
-    return params.greedy and not (params.penalised or params.logit_bias or spec.banned_ids)
+@dataclass(slots=True)
+class _Parcel:
+    """Host memory that a step's choices are copied to, used again once they are read."""
+
+    ids: Tensor
+    """int32 `[max_rows]`, pinned where there is a GPU."""
+    arrived: torch.cuda.Event | None
+    report: Tensor | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, max_rows: int) -> "_Parcel":
+        """Make one for choices that are made on a device."""
+        cuda = device.type == "cuda"
+        ids = torch.empty(max_rows, dtype=torch.int32, pin_memory=cuda)
+        return cls(ids, torch.cuda.Event() if cuda else None)
+
+    def send(self, ids: Tensor, report: Tensor | None) -> None:
+        """Start the copy of ids `[S]` and, if there is one, of a report `[A, columns]`."""
+        self.ids[: len(ids)].copy_(ids, non_blocking=True)
+        if report is not None:
+            self.report = torch.empty_like(report, device="cpu", pin_memory=self.arrived is not None)
+            self.report.copy_(report, non_blocking=True)
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def open(self, count: int) -> tuple[list[int], list[list[float]]]:
+        """Wait for the copy; hand out ids and the rows of the report."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        report, self.report = self.report, None
+        return self.ids[:count].tolist(), [] if report is None else report.tolist()
 
 
-def _choose(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """Choose a token [R] for rows of float32 logits [R, V], which are overwritten."""
-    penalise(logits, specs)
-    for entries, accumulate in ((_biases(specs), True), (_bans(specs), False)):
-        if entries:
-            rows, ids, values = zip(*entries, strict=True)
-            index = (_index(rows, logits), _index(ids, logits))
-            logits.index_put_(index, _floats(values, logits), accumulate=accumulate)
-    chosen = logits.argmax(-1)
-    if drawn := _where(specs, lambda spec: not spec.params.greedy):
-        rows_drawn = _index(drawn, logits)
-        chosen[rows_drawn] = _draw(logits[rows_drawn], [specs[row] for row in drawn])
-    return chosen
-
-
-def _biases(specs: Sequence[SampleSpec]) -> list[tuple[int, int, float]]:
-    return [
-        (row, token, bias) for row, spec in enumerate(specs) for token, bias in spec.params.logit_bias.items()
-    ]
-
-
-def _bans(specs: Sequence[SampleSpec]) -> list[tuple[int, int, float]]:
-    return [(row, token, -math.inf) for row, spec in enumerate(specs) for token in spec.banned_ids]
-
-
-def penalise(logits: Tensor, specs: Sequence[SampleSpec]) -> None:
-    """Lower, in place, the logits [R, V] of tokens seen before, for the rows that ask for it.
-
-    Repetition (CTRL, Keskar et al. 2019, section 4.1) divides positive and multiplies negative
-    logits of every token of prompt or output; presence and frequency subtract once, and once per
-    occurrence, for tokens of the output.
-    """
-    penalised = _where(specs, lambda spec: spec.params.penalised)
-    if not penalised:
-        return
-    rows = _index(penalised, logits)
-    params = [specs[row].params for row in penalised]
-    part = logits[rows]  # [R', V]
-    written = _counts([specs[row].output_ids for row in penalised], part)
-    seen = (_counts([specs[row].prompt_ids for row in penalised], part) + written) > 0
-    repetition = _floats([p.repetition_penalty for p in params], part)[:, None]
-    presence = _floats([p.presence_penalty for p in params], part)[:, None]
-    frequency = _floats([p.frequency_penalty for p in params], part)[:, None]
-    part = torch.where(seen, torch.where(part > 0, part / repetition, part * repetition), part)
-    logits[rows] = part - presence * (written > 0) - frequency * written
-
-
-def _counts(ids: Sequence[Sequence[int]], like: Tensor) -> Tensor:
-    """Count the occurrences of each token id per row, as float32 of the shape of `like`."""
-    counts = torch.zeros_like(like)
-    total = sum(map(len, ids))
-    if total:
-        rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
-        columns = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=total)
-        index = to_device(np.stack([rows, columns]), like.device)
-        counts.index_put_((index[0], index[1]), torch.ones((), device=like.device), accumulate=True)
-    return counts
-
-
-def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """Draw a token [R] from rows of adjusted logits [R, V] by the Gumbel-max trick."""
-    params = [spec.params for spec in specs]
-    temperature = _floats([max(p.temperature, _MIN_TEMPERATURE) for p in params], logits)
-    scores = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
-    floor = truncation_floor(
-        scores, [p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params]
+def _needs(params: SamplingParams, vocab_size: int) -> int:
+    """Tell what rows under these knobs need beside a draw."""
+    truncated = 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0
+    return (
+        (_ADJUSTED if params.penalised or params.logit_bias else 0)
+        | (_TRUNCATED if truncated and not params.greedy else 0)
+        | (_REPORTED if params.logprobs else 0)
     )
-    scores.masked_fill_(scores < floor, -math.inf)
-    keys = [random_key(spec.params.seed, len(spec.output_ids)) for spec in specs]
-    return (scores + gumbel_noise(keys, scores.shape[-1], scores.device)).argmax(-1)
 
 
-def truncation_floor(
-    scores: Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]
-) -> Tensor:
-    """Find the least score [R, 1] that survives top-k, then top-p, then min-p, in each row.
+def _where(needs: Sequence[int], what: int) -> list[int]:
+    """List the rows that need one of these."""
+    return [place for place, need in enumerate(needs) if need & what]
 
-    `scores` [R, V] are float32 log-weights whose maximum is 0 in every row. A floor instead of a
-    set of indices keeps or drops equal tokens together, whatever order a sort leaves them in.
+
+def _report(logits: Tensor, ids: Tensor, asking: Sequence[tuple[int, int]]) -> Tensor:
+    """Gather log-probabilities of rows that ask: float64 `[A, 1 + 2 * most]`.
+
+    A row is the chosen token's, the likeliest ones' and the ids of these, which float64 holds exactly.
     """
-    floor = _floats([math.log(p) if p > 0 else -math.inf for p in min_p], scores)[:, None]
-    vocabulary = scores.shape[-1]
-    limits = [k if 0 < k < vocabulary else vocabulary for k in top_k]
-    ranked_rows = [row for row, k in enumerate(limits) if k < vocabulary or top_p[row] < 1]
-    if not ranked_rows:
-        return floor
-    rows = _index(ranked_rows, scores)
-    part = scores[rows]  # [R', V]
-    limit = _index([limits[row] for row in ranked_rows], scores)[:, None]
-    ranked = part.topk(max(limits[row] for row in ranked_rows)).values  # [R', most], descending
-    kth = ranked.gather(-1, limit - 1)
-    mass = _floats([top_p[row] if top_p[row] < 1 else math.inf for row in ranked_rows], scores)[:, None]
-    total = part.masked_fill(part < kth, -math.inf).logsumexp(-1, keepdim=True)
-    probabilities = (ranked - total).exp()
-    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
-    kept = (before < mass).sum(-1, keepdim=True).clamp(min=1)
-    nucleus = ranked.gather(-1, kept - 1)
-    floor[rows] = torch.maximum(floor[rows], torch.maximum(kth, nucleus))
-    return floor
-
-
-def random_key(seed: int, position: int) -> tuple[int, int]:
-    """Mix an unsigned 64-bit seed and a token's position into two 32-bit keys."""
-    mixed = _mix64((_mix64(seed & _MASK64) + position) & _MASK64)
-    return mixed & _MASK32, mixed >> 32
-
-
-def _mix64(x: int) -> int:
-    """Scramble 64 bits one to one: the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
-
-
-def _mix32(x: Tensor) -> Tensor:
-    """Scramble 32 bits, held in int64, one to one: the finalizer of MurmurHash3 (Appleby 2011).
-
-    A constant above 2^31 stands as its negative twin modulo 2^32, so no product leaves int64.
-    """
-    x = ((x ^ (x >> 16)) * (0x85EBCA6B - (1 << 32))) & _MASK32
-    x = ((x ^ (x >> 13)) * (0xC2B2AE35 - (1 << 32))) & _MASK32
-    return x ^ (x >> 16)
-
-
-def random_bits(keys: Sequence[tuple[int, int]], count: int, device: torch.device) -> Tensor:
-    """Hash each row's key with the counters 0 to count - 1: int64 [rows, count] below 2^32."""
-    first, second = to_device(np.array(keys, dtype=np.int64).T.copy(), device)[:, :, None]
-    counters = torch.arange(count, device=device)
-    return _mix32((_mix32(counters ^ first) + second) & _MASK32)
-
-
-def gumbel_noise(keys: Sequence[tuple[int, int]], count: int, device: torch.device) -> Tensor:
-    """Turn the hash into standard Gumbel noise, float32 [rows, count].
-
-    With u uniform in (0, 1), -log(-log(1 - u)) is Gumbel; the likely winners have a small u, which
-    float32 resolves finely.
-    """
-    uniform = (random_bits(keys, count, device).float() + 0.5) * 2.0**-32
-    return -(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24))).log()
-
-
-def _report(logits: Tensor, chosen: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """Bring chosen tokens, and log-probabilities where asked for, to the host in one copy."""
-    asking = _where(specs, lambda spec: spec.params.logprobs > 0)
-    if not asking:
-        return [Sampled(token) for token in chosen.tolist()]
-    rows = _index(asking, logits)
-    logprobs = logits[rows].float().log_softmax(-1)
-    top = logprobs.topk(max(specs[row].params.logprobs for row in asking))
-    own = logprobs.gather(-1, chosen[rows, None])
-    details = torch.cat([own, top.values, top.indices.double()], dim=-1)  # float64 holds ids exactly
-    packed = torch.cat([chosen.double(), details.flatten()]).tolist()
-    sampled = [Sampled(int(token)) for token in packed[: len(specs)]]
-    width = details.shape[-1]
-    for number, row in enumerate(asking):
-        start = len(specs) + number * width
-        logprob, *rest = packed[start : start + width]
-        values, ids = rest[: width // 2], rest[width // 2 :]
-        best = list(zip(map(int, ids), values, strict=True))[: specs[row].params.logprobs]
-        sampled[row] = Sampled(sampled[row].token_id, logprob, tuple(best))
-    return sampled
+    rows = _index([row for row, _ in asking], logits)
+    logprobs = logits.index_select(0, rows).float().log_softmax(-1)
+    top = logprobs.topk(min(max(most for _, most in asking), logits.shape[-1]))
+    own = logprobs.gather(-1, ids.index_select(0, rows).long()[:, None])
+    return torch.cat([own, top.values, top.indices.double()], dim=-1)
 
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:

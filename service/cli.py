@@ -14,7 +14,9 @@ from typing import TypeAlias
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service import manual
+from fusewire.service.bench.engine_options import add_arguments as add_bench_engine_arguments
 from fusewire.service.bench.options import add_arguments as add_bench_arguments
+from fusewire.service.bench.serve_options import add_arguments as add_bench_serve_arguments
 from fusewire.service.config import ConfigError, Option, serve_options
 
 PUBLIC_TARGET = "127.0.0.1:50051"
@@ -211,6 +213,15 @@ def _add_bench(commands: Commands) -> None:
     kernels = _add(subjects, "kernels", summary, manual.BENCH_KERNELS_DESCRIPTION, manual.BENCH_EXAMPLES)
     add_bench_arguments(kernels)
     kernels.set_defaults(run="bench kernels")
+    summary = "the engine without its server: latency, prefill, decode, a mix of requests"
+    engine = _add(subjects, "engine", summary, manual.BENCH_ENGINE_DESCRIPTION, manual.BENCH_ENGINE_EXAMPLES)
+    add_bench_engine_arguments(engine)
+    engine.set_defaults(run="bench engine")
+    summary = "a running server, under the load of many clients"
+    serve = _add(subjects, "serve", summary, manual.BENCH_SERVE_DESCRIPTION, manual.BENCH_SERVE_EXAMPLES)
+    add_bench_serve_arguments(serve)
+    _add_connection(serve, PUBLIC_TARGET)
+    serve.set_defaults(run="bench serve")
 
 
 def _add(

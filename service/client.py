@@ -20,7 +20,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import is_loopback
 from fusewire.service.wire import WIRE_MODES
-from fusewire.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from fusewire.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 
 CALL_SECONDS = 30.0
 """Deadline of calls that only ask or switch."""
@@ -74,14 +81,31 @@ class Connection:
         Raises:
             UnusableOption: if a file cannot be read.
         """
-        if self.tls_ca is None:
+        credentials = self._credentials()
+        if credentials is None:
             return grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(
+        return grpc.secure_channel(self.target, credentials, CHANNEL_OPTIONS)
+
+    def open_async(self) -> grpc.aio.Channel:
+        """Make a channel for asyncio, with a connection of its own; nothing is sent yet.
+
+        Raises:
+            UnusableOption: if a file cannot be read.
+        """
+        credentials = self._credentials()
+        options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        if credentials is None:
+            return grpc.aio.insecure_channel(self.target, options)
+        return grpc.aio.secure_channel(self.target, credentials, options)
+
+    def _credentials(self) -> grpc.ChannelCredentials | None:
+        if self.tls_ca is None:
+            return None
+        return grpc.ssl_channel_credentials(
             root_certificates=_read("--tls-ca", self.tls_ca),
             private_key=_read("--tls-key", self.tls_key) if self.tls_key else None,
             certificate_chain=_read("--tls-cert", self.tls_cert) if self.tls_cert else None,
         )
-        return grpc.secure_channel(self.target, credentials, CHANNEL_OPTIONS)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The headers of every call.
@@ -109,6 +133,7 @@ class Client:
         self._metadata = connection.metadata()
         self._channel = connection.open()
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -133,6 +158,20 @@ class Client:
                 yield from call
         finally:
             call.cancel()
+
+    def server_info(self) -> model_pb2.GetServerInfoResponse:
+        """Ask what the server is and on what it computes."""
+        with self._named_failures():
+            return self._model.GetServerInfo(
+                model_pb2.GetServerInfoRequest(), timeout=CALL_SECONDS, metadata=self._metadata
+            )
+
+    def model(self) -> model_pb2.Model:
+        """Ask which model is served."""
+        with self._named_failures():
+            return self._model.GetModel(
+                model_pb2.GetModelRequest(), timeout=CALL_SECONDS, metadata=self._metadata
+            ).model
 
     def kernel_mode(self) -> admin_pb2.GetKernelModeResponse:
         """Ask for the server's default path (admin port)."""
@@ -185,7 +224,7 @@ class Client:
         try:
             yield
         except grpc.RpcError as error:
-            raise CallFailed(error.code(), _plain_details(error.details() or "", self._target)) from error
+            raise call_failure(error, self._target) from error
 
 
 @dataclass
@@ -219,6 +258,11 @@ class Answer:
         if self.finished is None:
             raise CallFailed(grpc.StatusCode.INTERNAL, "the stream ended without an account")
         return self.finished
+
+
+def call_failure(error: grpc.RpcError, target: str) -> CallFailed:
+    """Say in one line how a call to a target failed."""
+    return CallFailed(error.code(), _plain_details(error.details() or "", target))
 
 
 def time_per_output_token(finished: generation_pb2.Finished) -> float | None:

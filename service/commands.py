@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service.bench.options import read_options
+from fusewire.service.bench.engine_options import read_options as read_engine_options
+from fusewire.service.bench.options import OptionError, read_options
+from fusewire.service.bench.serve_options import read_options as read_serve_options
 from fusewire.service.chat import Conversation, turn
 from fusewire.service.client import Client, Connection, UnusableOption, to_plain
 from fusewire.service.config import ServeConfig, load_config
@@ -121,12 +123,31 @@ def drain(args: Namespace) -> int:
 
 
 def bench_kernels(args: Namespace) -> int:
-    """Measure the kernels in a process of its own, which may import torch, and pass on how it ended."""
-    command = [sys.executable, "-m", "fusewire.service.bench.kernels", *read_options(args).all_flags()]
-    status = subprocess.run(command, check=False).returncode
+    """Measure the kernels."""
+    return _measure_apart("fusewire.service.bench.kernels", read_options(args).all_flags())
+
+
+def bench_engine(args: Namespace) -> int:
+    """Measure the engine."""
+    return _measure_apart("fusewire.service.bench.engine", read_engine_options(args).all_flags())
+
+
+def _measure_apart(module: str, flags: Sequence[str]) -> int:
+    """Run a benchmark in a process of its own, which may import torch, and pass on how it ended."""
+    status = subprocess.run([sys.executable, "-m", module, *flags], check=False).returncode
     if status < 0:
         raise CommandFailed(f"the benchmark was ended by signal {-status}")
     return status
+
+
+def bench_serve(args: Namespace) -> int:
+    """Load a running server and tell what its clients saw; 1 if any stream failed."""
+    from fusewire.service.bench.serve import run
+
+    try:
+        return run(read_serve_options(args, connection(args)))
+    except OptionError as error:
+        raise UnusableOption(str(error)) from error
 
 
 COMMANDS: Mapping[str, Callable[[Namespace], int]] = {
@@ -139,6 +160,8 @@ COMMANDS: Mapping[str, Callable[[Namespace], int]] = {
     "health": health,
     "drain": drain,
     "bench kernels": bench_kernels,
+    "bench engine": bench_engine,
+    "bench serve": bench_serve,
 }
 
 

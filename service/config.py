@@ -37,8 +37,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     block_size: int
     max_context: int | None
-    max_running: int
-    max_step_tokens: int
+    max_running: int | None
+    max_step_tokens: int | None
+    max_step_growth: float
+    prefix_cache: bool
     kv_tokens: int | None
     gpu_memory_utilization: float
     deterministic: bool
@@ -58,6 +60,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
     host: Annotated[str, Meta(description="address of the public gRPC port")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="public gRPC port; 0 picks a free one")] = 50051
+    frontends: Annotated[
+        Count,
+        Meta(description="processes that share the public port; each takes its share of max-waiting"),
+    ] = 1
     admin_host: Annotated[str, Meta(description="address of the admin gRPC port")] = "127.0.0.1"
     admin_port: Annotated[Port, Meta(description="admin gRPC port; 0 picks a free one")] = 50052
     metrics_host: Annotated[str, Meta(description="address of the metrics port")] = "127.0.0.1"
@@ -78,11 +84,28 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_context: Annotated[
         Count | None, Meta(description="context length in tokens; unset takes the model's")
     ] = None
-    max_running: Annotated[Count, Meta(description="most requests that run at once")] = 64
+    max_running: Annotated[
+        Count | None, Meta(description="most requests that run at once; unset is 256 on cuda, 64 on cpu")
+    ] = None
     max_waiting: Annotated[Count, Meta(description="most requests that may wait; more are refused")] = 1024
     max_step_tokens: Annotated[
-        Count, Meta(description="most tokens of one step; longer prompts are prefilled in chunks")
-    ] = 2048
+        Count | None,
+        Meta(
+            description="most tokens of one step, longer prompts are prefilled in chunks; unset is 16384 on "
+            "cuda, 2048 on cpu"
+        ),
+    ] = None
+    max_step_growth: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=100,
+            description="bound on a decode step that also prefills, in pure decode steps' time; 0 for none",
+        ),
+    ] = 1.8
+    prefix_cache: Annotated[
+        bool, Meta(description="let prompts start from the KV that earlier ones with the same beginning left")
+    ] = True
     default_max_tokens: Annotated[
         Count, Meta(description="tokens to generate when a request does not say")
     ] = 512
@@ -138,10 +161,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("tls_cert, tls_key: give both or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("tls_client_ca: needs tls_cert and tls_key")
-        if self.max_step_tokens < self.max_running:
+        if self.max_step_tokens and self.max_running and self.max_step_tokens < self.max_running:
             raise ConfigError(
                 f"max_step_tokens: {self.max_step_tokens} is less than max_running {self.max_running}, "
                 "so a full batch could not decode in one step"
+            )
+        if 0 < self.max_step_growth <= 1:
+            raise ConfigError(
+                f"max_step_growth: must be above 1, or 0 for no bound, got {self.max_step_growth:g}"
             )
         if not self.tls_cert and not self.insecure:
             for name, host in (("host", self.host), ("admin_host", self.admin_host)):

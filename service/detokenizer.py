@@ -45,6 +45,7 @@ class Detokenizer:
         self._include_stop = include_stop
         self._exempt_tokens = min_tokens
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._inside_character = False
         self._candidates = [_Candidate(text) for text in stop]
         self._held = ""
 
@@ -52,12 +53,21 @@ class Detokenizer:
         """Take the next token and return the text that may be sent now; often none."""
         if self.matched is not None:
             return ""
-        special = token_id in self._tokenizer.special_ids
-        text = "" if special else self._characters.decode(self._tokenizer.token_bytes(token_id))
+        text = self._text_of(token_id)
         if self._exempt_tokens > 0:
             self._exempt_tokens -= 1
             return text
-        return self._release(text)
+        return self._release(text) if self._candidates else text
+
+    def _text_of(self, token_id: int) -> str:
+        """The characters that a token completes."""
+        if token_id in self._tokenizer.special_ids:
+            return ""
+        if not self._inside_character and (text := self._tokenizer.whole_text(token_id)) is not None:
+            return text
+        text = self._characters.decode(self._tokenizer.token_bytes(token_id))
+        self._inside_character = bool(self._characters.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """Return what is still held; the bytes of a character that never became whole are U+FFFD."""

@@ -9,9 +9,10 @@ so that no client hangs. Knows neither gRPC nor tokens' text, and starts no proc
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 
@@ -19,6 +20,8 @@ from fusewire.kernels.modes import KernelMode
 from fusewire.service.messages import (
     HEADER_BYTES,
     AddRequest,
+    CancelReply,
+    CancelRequest,
     EndAll,
     Ended,
     EndReason,
@@ -49,23 +52,27 @@ class RequestEvents:
     """The events of one request, in order: `Scheduled`, `Token`s, and `Ended` last.
 
     Whatever arrives while the reader is busy is kept, so a slow reader gets several tokens at once.
-    What is kept is bounded by the request's own max_tokens.
+    What is kept is bounded by the request's own max_tokens. There is one reader.
     """
 
+    __slots__ = ("_failure", "_ready", "_waiter")
+
     def __init__(self) -> None:
-        self._ready: deque[RequestEvent] = deque()
-        self._wake = asyncio.Event()
+        self._ready: list[RequestEvent] = []
+        self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineUnavailable | None = None
 
     def put(self, event: RequestEvent) -> None:
         """Add an event and wake the reader."""
         self._ready.append(event)
-        self._wake.set()
+        if self._waiter is not None:
+            self._wake()
 
     def fail(self, failure: EngineUnavailable) -> None:
         """Let `take` raise once everything that has arrived is taken."""
         self._failure = failure
-        self._wake.set()
+        if self._waiter is not None:
+            self._wake()
 
     async def take(self) -> list[RequestEvent]:
         """Wait for at least one event and return all that are there.
@@ -73,14 +80,20 @@ class RequestEvents:
         Raises:
             EngineUnavailable: if the engine died before the request ended.
         """
-        await self._wake.wait()
+        if not self._ready and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         if not self._ready and self._failure is not None:
             raise self._failure
-        events = list(self._ready)
-        self._ready.clear()
-        if self._failure is None:
-            self._wake.clear()
+        events, self._ready = self._ready, []
         return events
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -105,9 +118,9 @@ class EngineClient:
         self._on_report = on_report
         self._on_state = on_state
         self._requests: dict[str, RequestEvents] = {}
-        self._calls: dict[int, asyncio.Future[KernelModeReply]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
-        self._writer: asyncio.StreamWriter | None = None
+        self._transport: asyncio.WriteTransport | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -149,43 +162,53 @@ class EngineClient:
             EngineUnavailable: if the engine is not ready, or dies before it answers.
         """
         call_id = next(self._call_ids)
-        self._send(SetKernelMode(call_id, mode, expected_generation))
-        reply = self._calls[call_id] = asyncio.get_running_loop().create_future()
-        try:
-            return await reply
-        finally:
-            self._calls.pop(call_id, None)
+        reply: KernelModeReply = await self._ask(SetKernelMode(call_id, mode, expected_generation))
+        return reply
+
+    async def cancel(self, request_id: str, caller: str) -> bool:
+        """End a caller's request, whichever front end it came through; false if there is none.
+
+        Raises:
+            EngineUnavailable: if the engine is not ready, or dies before it answers.
+        """
+        reply: CancelReply = await self._ask(CancelRequest(next(self._call_ids), request_id, caller))
+        return reply.found
 
     def end_all(self, reason: EndReason) -> None:
         """End every request, if there is an engine."""
         if self.ready is not None:
             self._send(EndAll(reason))
 
+    async def _ask(self, message: SetKernelMode | CancelRequest) -> Any:
+        """Send a message and wait for the reply with its call id."""
+        self._send(message)
+        reply = self._calls[message.call_id] = asyncio.get_running_loop().create_future()
+        try:
+            return await reply
+        finally:
+            self._calls.pop(message.call_id, None)
+
     def _send(self, message: ToEngine) -> None:
-        if self.ready is None or self._writer is None:
+        if self.ready is None or self._transport is None:
             raise EngineUnavailable("the engine is not ready")
-        self._writer.write(encode(message))
+        self._transport.write(encode(message))
 
     async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            make = partial(_Frames, self._take_transport, self._receive)
             try:
-                reader, self._writer = await asyncio.open_unix_connection(self._socket_path)
+                _, frames = await loop.create_unix_connection(make, str(self._socket_path))
             except OSError:
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
             try:
-                await self._read_until_closed(reader)
-            except (OSError, asyncio.IncompleteReadError):
-                log.debug("the engine closed the connection")
-            except (ValueError, msgspec.DecodeError):
-                log.exception("the engine sent a frame that cannot be read; reconnecting")
+                await frames.closed
             finally:
                 self._disconnect()
 
-    async def _read_until_closed(self, reader: asyncio.StreamReader) -> None:
-        while True:
-            header = await reader.readexactly(HEADER_BYTES)
-            self._receive(decode_from_engine(await reader.readexactly(frame_length(header))))
+    def _take_transport(self, transport: asyncio.WriteTransport) -> None:
+        self._transport = transport
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -193,7 +216,7 @@ class EngineClient:
                 for event in events:
                     self._deliver(event)
                 self._on_report(message)
-            case KernelModeReply(call_id=call_id):
+            case KernelModeReply(call_id=call_id) | CancelReply(call_id=call_id):
                 reply = self._calls.get(call_id)
                 if reply is not None and not reply.done():
                     reply.set_result(message)
@@ -205,16 +228,17 @@ class EngineClient:
                 self._on_state(message)
 
     def _deliver(self, event: RequestEvent) -> None:
-        ended = isinstance(event, Ended)
-        request_id = event.request_id
-        events = self._requests.pop(request_id, None) if ended else self._requests.get(request_id)
-        if events is not None:
-            events.put(event)
+        events = self._requests.get(event.request_id)
+        if events is None:
+            return
+        if type(event) is Ended:
+            del self._requests[event.request_id]
+        events.put(event)
 
     def _disconnect(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
         was_ready, self.ready = self.ready is not None, None
         failure = EngineUnavailable("the engine stopped while the request ran")
         for events in self._requests.values():
@@ -226,3 +250,53 @@ class EngineClient:
         self._calls.clear()
         if was_ready:
             self._on_state(None)
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts what the engine sends into messages, without a task that would have to wake up for each.
+
+    `closed` is done once the connection is lost, or was given up for a frame that cannot be read.
+    """
+
+    def __init__(
+        self, opened: Callable[[asyncio.WriteTransport], None], receive: Callable[[FromEngine], None]
+    ) -> None:
+        self.closed = asyncio.get_running_loop().create_future()
+        self._opened = opened
+        self._receive = receive
+        self._pending = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._opened(cast(asyncio.WriteTransport, transport))
+
+    def data_received(self, data: bytes) -> None:
+        if self.closed.done():
+            return
+        self._pending += data
+        try:
+            for message in self._take_messages():
+                self._receive(message)
+        except (ValueError, msgspec.DecodeError):
+            log.exception("the engine sent a frame that cannot be read; reconnecting")
+            self._close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        log.debug("the engine closed the connection: %s", error)
+        self._close()
+
+    def _close(self) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def _take_messages(self) -> list[FromEngine]:
+        """Take the whole frames off the front of what has come."""
+        messages: list[FromEngine] = []
+        start, pending = 0, self._pending
+        while len(pending) - start >= HEADER_BYTES:
+            end = start + HEADER_BYTES + frame_length(bytes(pending[start : start + HEADER_BYTES]))
+            if len(pending) < end:
+                break
+            messages.append(decode_from_engine(bytes(pending[start + HEADER_BYTES : end])))
+            start = end
+        del pending[:start]
+        return messages

@@ -151,3 +151,44 @@ examples:
   fusewire bench kernels --claim kernel           is one norm kernel 2-7x faster?
   fusewire bench kernels --claim prefill          is a launch-bound prefill forward 2x faster?
 """
+
+BENCH_ENGINE_DESCRIPTION = """\
+Measure the engine in this process as it is built to serve, without sockets and without text:
+
+  latency  one request by itself: time to the first token (TTFT), time per further token (TPOT)
+  prefill  prompts of several lengths, each by itself, answered with one token
+  decode   batches of equal requests that arrive at once: tokens per second, time of a step
+  mix      256 requests of 100 to 1024 tokens in and out that arrive at once, sampled
+  chunked  the time between the tokens of 32 streams (ITL) before and while a long prompt is prefilled
+
+Prompts are random token ids that no earlier request has sent; answers are greedy, but for the mix, and
+go on to their full length. Every count of tokens is checked. The raw samples are in the JSON. Where
+device and model are those of a yardstick (vLLM and transformers on an H100), its figure stands beside.
+The defaults on a CPU are small, and say nothing about a GPU.
+"""
+
+BENCH_ENGINE_EXAMPLES = """
+examples:
+  fusewire bench engine                           every part, on the demo model
+  fusewire bench engine --model DIR --parts latency,decode --out run.json
+  fusewire bench engine --model DIR --start-only  how long until it would serve, and what takes it
+  fusewire bench engine --from run.json --from other.json --page results.md
+"""
+
+BENCH_SERVE_DESCRIPTION = """\
+Send many streams to a running server and tell what its clients saw: tokens per second, time to first
+token (TTFT), time between messages (ITL) and per token (TPOT), tokens a message, and streams that
+failed. Clients are processes of their own, each with connections of its own; prompts are random token
+ids that no earlier run has sent, answers go on to their full length, and tokens are counted from the
+usage that ends each stream. One round of streams warms everything up before any that counts.
+
+Where clients and server share one machine they share its cores, so the figures are for all of them. The
+exit status is 1 if any stream failed.
+"""
+
+BENCH_SERVE_EXAMPLES = """
+examples:
+  fusewire bench serve                            64 streams kept full, 512 requests
+  fusewire bench serve --loads kept-full,single,burst --json --out run.json
+  fusewire bench serve --streams 256 --requests 2048 --processes 8 --mode unfused
+"""

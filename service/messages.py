@@ -54,6 +54,12 @@ class AddRequest(_Message, frozen=True):
     priority: int = 0
     deadline: float | None = None
     """The time at which the request ends as "time_limit", wherever it is."""
+    cache_salt: str = ""
+    """Cached prefixes are shared only between requests of one salt."""
+    cache_disabled: bool = False
+    """Neither reads nor fills the prefix cache."""
+    caller: str = ""
+    """Who may cancel it: see `CancelRequest`."""
 
 
 class FinishRequest(_Message, frozen=True):
@@ -72,13 +78,21 @@ class SetKernelMode(_Message, frozen=True):
     expected_generation: int | None = None
 
 
+class CancelRequest(_Message, frozen=True):
+    """Ends a caller's request, whichever front end it came through; answered by `CancelReply`."""
+
+    call_id: int
+    request_id: str
+    caller: str
+
+
 class EndAll(_Message, frozen=True):
     """Ends every request of the engine with this reason (the end of a drain)."""
 
     reason: EndReason
 
 
-ToEngine = AddRequest | FinishRequest | SetKernelMode | EndAll
+ToEngine = AddRequest | FinishRequest | SetKernelMode | CancelRequest | EndAll
 
 
 # ---- engine to front end ----
@@ -123,6 +137,7 @@ class EngineReady(_Message, frozen=True):
     kv_blocks: int
     block_size: int
     max_running: int
+    max_step_tokens: int
 
 
 class Scheduled(_Message, frozen=True):
@@ -131,6 +146,9 @@ class Scheduled(_Message, frozen=True):
     request_id: str
     time: float
     cached_tokens: int = 0
+    """Tokens of the prompt whose KV was found in the prefix cache."""
+    queried_tokens: int = 0
+    """Tokens of the prompt that were looked up: all of them, or none if the cache is off."""
 
 
 class Token(_Message, frozen=True):
@@ -140,7 +158,7 @@ class Token(_Message, frozen=True):
     token_id: int
     time: float
     logprob: float | None = None
-    top: list[tuple[int, float]] = []
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Ended(_Message, frozen=True):
@@ -170,7 +188,8 @@ class StepReport(_Message, frozen=True):
     """None when the report carries only events (nothing was computed)."""
     kernel_mode: KernelMode
     duration: float
-    """Seconds from plan to sampled tokens, on the engine's clock."""
+    """Seconds that the step took as the host sees it: until its tokens were there, from its launch or,
+    if that was later, from the end of the step before it, behind which it waited."""
     prefill_tokens: int
     decode_tokens: int
     running: int
@@ -193,6 +212,14 @@ class KernelModeReply(_Message, frozen=True):
     applied_at_step: int
 
 
+class CancelReply(_Message, frozen=True):
+    """Answers `CancelRequest`."""
+
+    call_id: int
+    found: bool
+    """Whether the caller has a request of that id, which then ends as "cancelled"."""
+
+
 class KernelModeChanged(_Message, frozen=True):
     """Told to every connection when the default has changed, whoever asked."""
 
@@ -200,7 +227,7 @@ class KernelModeChanged(_Message, frozen=True):
     generation: int
 
 
-FromEngine = EngineReady | StepReport | KernelModeReply | KernelModeChanged
+FromEngine = EngineReady | StepReport | KernelModeReply | CancelReply | KernelModeChanged
 
 
 # ---- framing ----

@@ -5,12 +5,17 @@ from the start, at 0. No label holds a user's or a request's name. Knows neither
 the engine, only the messages that the engine sends.
 """
 
+import collections
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.messages import (
@@ -19,6 +24,7 @@ from fusewire.service.messages import (
     EngineReady,
     KernelPath,
     Phase,
+    Scheduled,
     StepReport,
     Token,
 )
@@ -64,49 +70,58 @@ class RequestAccount(NamedTuple):
     completion_tokens: int
 
 
-class Metrics:
-    """The metrics of one server.
+class RequestMetrics:
+    """What a front end sees of its requests and calls.
+
+    Where several front ends share a port, each has one of these and the process that is scraped adds
+    them up: see `Scrape`. What is only once, the engine above all, is in `Metrics`.
 
     Args:
         model_name: the value of the label `model_name`.
-        oldest_waiting: tells when the request that waits longest arrived, on the clock of
-            `time.monotonic()`; None when none waits. Called from the thread that serves a scrape.
     """
 
-    def __init__(self, model_name: str, oldest_waiting: Callable[[], float | None] = lambda: None) -> None:
+    def __init__(self, model_name: str) -> None:
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self.rpc = RpcMetrics(self.registry)
-        make = _Maker(self.registry)
+        make = self._make = _Maker(self.registry)
         self._requests = _request_histograms(make, model_name)
-        self._engine = _EngineMetrics(make)
-        self._mode = _KernelModeMetrics(make)
         self._last_token_at: dict[str, float] = {}
         self._prompt_tokens = make.counter("prompt_tokens", "Tokens of the prompts that were scheduled")
         self._generation_tokens = make.counter("generation_tokens", "Tokens generated")
+        self._cache_queries = make.counter(
+            "prefix_cache_query_tokens", "Tokens of prompts that were looked up in the prefix cache"
+        )
+        self._cache_hits = make.counter("prefix_cache_hit_tokens", "Tokens of prompts that were found there")
         finished = make.counter("requests_finished", "Requests that ended, by reason", "finish_reason")
         self._finished = {reason: finished.labels(reason) for reason in get_args(EndReason)}
         rejected = make.counter("requests_rejected", "Requests that were not admitted, by reason", "reason")
         self._rejected = {reason: rejected.labels(reason) for reason in REJECTIONS}
-        make.gauge("build_info", "The version that runs; always 1", "version").labels(
-            version("fusewire")
-        ).set(1)
-        make.gauge(
-            "oldest_waiting_request_age_seconds", "How long the first of the waiting requests has waited"
-        ).set_function(lambda: _age(oldest_waiting()))
 
     def observe_step(self, report: StepReport) -> None:
-        """Take in one report of the engine: its load, the step, and the tokens it brought."""
-        self._engine.observe(report)
-        gaps, last = self._requests["inter_token_latency"][report.kernel_mode], self._last_token_at
+        """Take in one report of the engine: the tokens that it brought to this front end's requests."""
+        tokens, gaps, last = 0, [], self._last_token_at
         for event in report.events:
-            if isinstance(event, Token):
-                self._generation_tokens.inc()
-                if event.request_id in last:
-                    gaps.observe(event.time - last[event.request_id])
+            if type(event) is Token:
+                tokens += 1
+                if (before := last.get(event.request_id)) is not None:
+                    gaps.append(event.time - before)
                 last[event.request_id] = event.time
-            elif isinstance(event, Ended):
+            elif type(event) is Ended:
                 last.pop(event.request_id, None)
+            elif type(event) is Scheduled:
+                self._cache_queries.inc(event.queried_tokens)
+                self._cache_hits.inc(event.cached_tokens)
+        if tokens:
+            self._generation_tokens.inc(tokens)
+            self._requests["inter_token_latency"][report.kernel_mode].observe_all(gaps)
+
+    def observe_engine(self, ready: EngineReady | None) -> None:
+        """Take in that the engine has become usable, or is gone (None)."""
+        self._last_token_at.clear()
+
+    def observe_switch(self, mode: KernelMode, generation: int) -> None:
+        """Take in that the default kernel path was changed."""
 
     def observe_scheduled(self, prompt_tokens: int) -> None:
         """Count a request that left the queue for the first time."""
@@ -136,10 +151,36 @@ class Metrics:
         """Count a request that was not admitted, for one of `REJECTIONS`."""
         self._rejected[reason].inc()
 
+
+class Metrics(RequestMetrics):
+    """All metrics of one server.
+
+    Args:
+        model_name: the value of the label `model_name`.
+        oldest_waiting: tells when the request that waits longest arrived, on the clock of
+            `time.monotonic()`; None when none waits. Called from the thread that serves a scrape.
+    """
+
+    def __init__(self, model_name: str, oldest_waiting: Callable[[], float | None] = lambda: None) -> None:
+        super().__init__(model_name)
+        self._engine = _EngineMetrics(self._make)
+        self._mode = _KernelModeMetrics(self._make)
+        self._make.gauge("build_info", "The version that runs; always 1", "version").labels(
+            version("fusewire")
+        ).set(1)
+        self._make.gauge(
+            "oldest_waiting_request_age_seconds", "How long the first of the waiting requests has waited"
+        ).set_function(lambda: _age(oldest_waiting()))
+
+    def observe_step(self, report: StepReport) -> None:
+        """Take in one report of the engine: its load, the step, and the tokens it brought."""
+        self._engine.observe(report)
+        super().observe_step(report)
+
     def observe_engine(self, ready: EngineReady | None) -> None:
         """Take in that the engine has become usable, or is gone (None)."""
+        super().observe_engine(ready)
         self._engine.observe_engine(ready is not None)
-        self._last_token_at.clear()
         if ready is not None:
             self._mode.backends = ready.kernel_backends
             self._mode.show(ready.kernel_mode, ready.generation)
@@ -153,6 +194,38 @@ class Metrics:
         self._mode.switches.inc()
         self._mode.last_switch.set_to_current_time()
         self._mode.show(mode, generation)
+
+
+class Scrape:
+    """One exposition of this process's metrics and those of the workers that keep theirs in files.
+
+    What both have is added up; only counters and histograms are shared so. A worker leaves its counts
+    behind when it dies, so no series ever goes back.
+
+    Args:
+        own: the registry of this process.
+        folder: the workers' PROMETHEUS_MULTIPROC_DIR.
+    """
+
+    def __init__(self, own: CollectorRegistry, folder: Path) -> None:
+        self._own = own
+        self._files = MultiProcessCollector(None, str(folder))
+
+    def collect(self) -> Iterable[Metric]:
+        """Read every metric; called from the thread that serves a scrape."""
+        families: dict[str, Metric] = {}
+        values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for metric in chain(self._own.collect(), self._files.collect()):
+            families.setdefault(metric.name, metric)
+            sums = values.setdefault(metric.name, {})
+            for sample in metric.samples:
+                key = sample.name, tuple(sorted(sample.labels.items()))
+                sums[key] = sums.get(key, 0.0) + sample.value
+        for name, metric in families.items():
+            summed = Metric(name, metric.documentation, metric.type)
+            for (sample_name, labels), value in values[name].items():
+                summed.add_sample(sample_name, dict(labels), value)
+            yield summed
 
 
 class _EngineMetrics:
@@ -272,7 +345,7 @@ class RpcMetrics:
         )
 
 
-def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, Histogram]]:
+def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, "_Histogram"]]:
     """Make the histograms of requests, by name (without the unit) and kernel path."""
     slow = {
         "time_to_first_token": "From a request's arrival to its first token",
@@ -299,6 +372,17 @@ def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, 
     }
 
 
+class _Histogram(Histogram):
+    """A histogram that takes many values for little more than the price of one."""
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
+        """Observe every amount; those that fall into one bucket are counted there at once."""
+        buckets = collections.Counter(bisect_left(self._upper_bounds, amount) for amount in amounts)
+        for bucket, number in buckets.items():
+            self._buckets[bucket].inc(number)
+        self._sum.inc(sum(amounts))
+
+
 def _age(since: float | None) -> float:
     return 0.0 if since is None else time.monotonic() - since
 
@@ -317,5 +401,5 @@ class _Maker:
     def gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(f"{self._prefix}_{name}", meaning, labels, registry=self._registry)
 
-    def histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"{self._prefix}_{name}", meaning, labels, buckets=buckets, registry=self._registry)
+    def histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> "_Histogram":
+        return _Histogram(f"{self._prefix}_{name}", meaning, labels, buckets=buckets, registry=self._registry)

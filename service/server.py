@@ -1,7 +1,8 @@
 """The server: front end, metrics endpoint, engine process, and their common start and end.
 
 Listens first and loads behind that: the model's files, the tokenizer and the engine. A signal drains
-it; a model that cannot be served ends it. Imports no torch: that is the engine process's.
+it; a model that cannot be served ends it. With several front ends, the public port is left to worker
+processes, and this one keeps all that there is once. Imports no torch: that is the engine process's.
 """
 
 import asyncio
@@ -11,14 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import uvloop
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.auth import CredentialError
 from fusewire.service.config import ServeConfig
+from fusewire.service.front_ends import FrontEnds, SharedServing
 from fusewire.service.messages import EngineReady
+from fusewire.service.metrics import Metrics, Scrape
 from fusewire.service.model_source import ModelError, find_folder, public_name
-from fusewire.service.rpc.front_end import SERVICE_NAMES, FrontEnd, ListenError
+from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.supervisor import EngineSupervisor
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
@@ -27,8 +30,6 @@ log = logging.getLogger(__name__)
 
 MAX_STARTS = 3
 """An engine that ends so many times without having been ready is given up."""
-FLUSH_SECONDS = 2.0
-"""What calls get to send their last messages, once every generation has ended."""
 
 
 class StartError(RuntimeError):
@@ -68,6 +69,7 @@ class Server:
         self._failure: str | None = None
         self._starts_failed = 0
         self._supervisor: EngineSupervisor | None = None
+        self._front_ends: FrontEnds | None = None
 
     async def start(self) -> None:
         """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
@@ -78,19 +80,16 @@ class Server:
         config = self._config
         self._folder = TemporaryDirectory(prefix="fusewire-")  # private, 0700: the engine's socket is in it
         self._socket_path = Path(self._folder.name) / "engine.sock"
-        self.serving = Serving(
-            config,
-            public_name(config),
-            self._socket_path,
-            SERVICE_NAMES,
-            on_engine=self._follow_engine,
-            on_switch=self._remember_switch,
-        )
-        self._front_end = FrontEnd(config, self.serving)
+        if config.frontends > 1:
+            self._share_the_port()
+        else:
+            self._serve_alone()
         try:
             await self._front_end.start()
+            if self._front_ends is not None:
+                await self._front_ends.start()
             self._scrapes, self._scrape_thread = start_http_server(
-                config.metrics_port, config.metrics_host, self.serving.metrics.registry
+                config.metrics_port, config.metrics_host, self._registry
             )
         except (ListenError, CredentialError) as error:
             await self._abandon()
@@ -99,7 +98,8 @@ class Server:
             await self._abandon()
             address = f"{config.metrics_host}:{config.metrics_port}"
             raise StartError(f"cannot listen on {address}: {error.strerror}") from error
-        self.port, self.admin_port = self._front_end.port, self._front_end.admin_port
+        self.port = (self._front_ends or self._front_end).port
+        self.admin_port = self._front_end.admin_port
         self.metrics_port = self._scrapes.server_port
         log.info(
             "listening: public=%s:%d admin=%s:%d metrics=%s:%d",
@@ -114,9 +114,52 @@ class Server:
         self._loading = asyncio.create_task(self._load(), name="load")
         self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
 
+    def _serve_alone(self) -> None:
+        """Answer every call in this process."""
+        self._metrics = Metrics(public_name(self._config), lambda: self.serving.oldest_waiting())
+        self._registry = self._metrics.registry
+        self.serving = Serving(
+            self._config,
+            public_name(self._config),
+            self._socket_path,
+            SERVICE_NAMES,
+            on_engine=self._follow_engine,
+            on_switch=self._remember_switch,
+            metrics=self._metrics,
+        )
+        self._front_end = FrontEnd(self._config, self.serving)
+
+    def _share_the_port(self) -> None:
+        """Leave the public port to workers; answer the operator here and show all metrics as one."""
+        folder = Path(self._folder.name) / "metrics"
+        folder.mkdir()
+        self._front_ends = FrontEnds(
+            self._config,
+            self._socket_path,
+            folder,
+            on_ready=lambda: self.serving.note_loaded(),
+            on_failure=self._fail,
+        )
+        self._metrics = Metrics(public_name(self._config), self._front_ends.oldest_waiting)
+        self._registry = CollectorRegistry()
+        self._registry.register(Scrape(self._metrics.registry, folder))
+        self.serving = SharedServing(
+            self._config,
+            public_name(self._config),
+            self._socket_path,
+            SERVICE_NAMES,
+            on_engine=self._follow_engine,
+            on_switch=self._remember_switch,
+            metrics=self._metrics,
+            front_ends=self._front_ends,
+        )
+        self._front_end = FrontEnd(self._config, self.serving, with_public=False)
+
     async def _abandon(self) -> None:
         """Undo what a failed start has done."""
         await self._front_end.stop(0)
+        if self._front_ends is not None:
+            await self._front_ends.stop()
         self._folder.cleanup()
 
     # ---- loading ----
@@ -129,7 +172,10 @@ class Server:
                 self._config.engine(str(folder)), self._socket_path, self._count_exit, self._fail
             )
             await self._supervisor.start()
-            self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
+            if self._front_ends is not None:
+                self._front_ends.load_tokenizer(folder)
+            else:
+                self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
         except (ModelError, TokenizerError) as error:
             self._fail(str(error))
         except Exception:
@@ -143,6 +189,8 @@ class Server:
             if self._supervisor is not None and self.serving.silent_seconds > timeout:
                 log.error("the engine has not finished a step for %g s and is killed", timeout)
                 self._supervisor.kill()
+                if self._front_ends is not None:
+                    self._front_ends.forget_silence()
 
     def _follow_engine(self, ready: EngineReady | None) -> None:
         if ready is None and self._stopping.is_set():
@@ -163,7 +211,7 @@ class Server:
             self._supervisor.remember(mode, generation)
 
     def _count_exit(self, code: int) -> None:
-        self.serving.metrics.observe_restart()
+        self._metrics.observe_restart()
         self._starts_failed += 1
         if self._starts_failed >= MAX_STARTS and self.serving.engine.ready is None:
             self._fail(f"the engine has ended {self._starts_failed} times before it was ready")
@@ -203,6 +251,8 @@ class Server:
             task.cancel()
         await asyncio.gather(self._loading, self._watching, return_exceptions=True)
         await self._front_end.stop(FLUSH_SECONDS)
+        if self._front_ends is not None:
+            await self._front_ends.stop()
         await self.serving.engine.stop()
         if self._supervisor is not None:
             await self._supervisor.stop()

@@ -1,15 +1,16 @@
-"""Keeps the engine process alive: starts it, watches it, starts it again.
+"""Keeps child processes alive: starts them, watches them, starts them again.
 
-The engine reads its configuration from the first line of its standard input and stops when that
-pipe closes, so it never outlives the front end, not even one that was killed. Knows nothing of what
-the engine says: that is `fusewire.service.engine_client`.
+A child reads what it must know from the first line of its standard input and stops when that pipe
+closes, so it never outlives this process, not even one that was killed. Knows nothing of what a child
+says later: for the engine, that is `fusewire.service.engine_client`.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,55 +20,75 @@ from fusewire.service.config import EngineConfig
 
 log = logging.getLogger(__name__)
 
+ENGINE_MODULE = "fusewire.service.engine"
 EXIT_UNUSABLE = 3
-"""The engine's exit code for a model or an option that no restart can mend."""
+"""The exit code of a child for a model or an option that no restart can mend."""
 STOP_SECONDS = 10.0
 BACKOFF_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30)
 STEADY_SECONDS = 60.0
-"""An engine that lived this long starts over at the shortest backoff."""
+"""A child that lived this long starts over at the shortest backoff."""
 
 
-class EngineSupervisor:
-    """Runs one engine process and restarts it when it dies.
+class ChildSupervisor:
+    """Runs one child process, a Python module, and restarts it when it dies.
 
     Args:
-        config: what the engine is told.
-        socket_path: where it listens; the folder must be private (0700).
-        on_exit: called with the exit code whenever the engine dies unasked.
-        on_failure: called once, with a reason, when a restart is of no use: the engine has refused
-            its model or options. The reason itself is on the engine's standard error.
+        name: what the log calls it.
+        command: the module and its arguments.
+        environment: variables that it gets beside this process's own.
+        has_output: whether its standard output is read here, by `follow`.
+        on_exit: called with the exit code whenever it dies unasked.
+        on_failure: called once, with a reason, when a restart is of no use: the child has refused
+            what it was told. The reason itself is on the child's standard error.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
-        socket_path: Path,
+        name: str,
+        command: tuple[str, ...],
+        environment: Mapping[str, str] | None = None,
+        has_output: bool = False,
         on_exit: Callable[[int], None] = lambda code: None,
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.restarts = 0
-        self._config = config
-        self._socket_path = socket_path
+        self._name = name
+        self._command = command
+        self._environment = None if environment is None else {**os.environ, **environment}
+        self._output = asyncio.subprocess.PIPE if has_output else None
         self._on_exit = on_exit
         self._on_failure = on_failure
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def remember(self, mode: KernelMode, generation: int) -> None:
-        """Start later engines with a kernel mode that was chosen while this one runs."""
-        self._config = msgspec.structs.replace(self._config, kernel_mode=mode, generation=generation)
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a child now, were it just started."""
+        return self._process is not None
+
+    def first_line(self) -> bytes:
+        """What a child is told at its start, whenever that is."""
+        return b""
+
+    async def follow(self, output: asyncio.StreamReader) -> None:
+        """Read what a child says, until it ends."""
 
     async def start(self) -> None:
-        """Start the engine and begin to watch it."""
-        self._task = asyncio.create_task(self._keep_running(), name="engine-supervisor")
+        """Start the child and begin to watch it."""
+        self._task = asyncio.create_task(self._keep_running(), name=f"{self._name} supervisor")
+
+    def tell(self, line: bytes) -> None:
+        """Write a line to the child that runs; lost if there is none."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(line)
 
     def kill(self) -> None:
-        """End the engine at once, to be started again: for one that runs but answers nothing."""
+        """End the child at once, to be started again: for one that runs but answers nothing."""
         if self._process is not None:
             self._process.kill()
 
     async def stop(self) -> None:
-        """Stop the engine: ask it by closing its standard input, then kill it."""
+        """Stop the child: ask it by closing its standard input, then kill it."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -75,11 +96,12 @@ class EngineSupervisor:
         process, self._process = self._process, None
         if process is None:
             return
-        _close_stdin(process)
+        if process.stdin is not None:
+            process.stdin.close()
         try:
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
         except TimeoutError:
-            log.warning("the engine did not stop within %.0f s and is killed", STOP_SECONDS)
+            log.warning("the %s did not stop within %.0f s and is killed", self._name, STOP_SECONDS)
             process.kill()
             await process.wait()
 
@@ -91,35 +113,60 @@ class EngineSupervisor:
             code = await self._run_once()
             self._on_exit(code)
             if code == EXIT_UNUSABLE and self.restarts == 0:
-                self._on_failure("the engine cannot start; its message is above")
+                self._on_failure(f"the {self._name} cannot start; its message is above")
                 return
             failures = 0 if clock() - started >= STEADY_SECONDS else failures + 1
             delay = (
                 BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else BACKOFF_SECONDS[0]
             )
-            log.error("the engine ended with code %d; it starts again in %.1f s", code, delay)
+            log.error("the %s ended with code %d; it starts again in %.1f s", self._name, code, delay)
             await asyncio.sleep(delay)
             self.restarts += 1
 
     async def _run_once(self) -> int:
         process = self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "fusewire.service.engine",
-            "--socket",
-            str(self._socket_path),
+            *(sys.executable, "-m", *self._command),
             stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C at the terminal is the front end's to handle
+            stdout=self._output,
+            env=self._environment,
+            start_new_session=True,  # a Ctrl-C at the terminal is this process's to handle
         )
+        self.tell(self.first_line())
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            process.stdin.write(msgspec.json.encode(self._config) + b"\n")
             await process.stdin.drain()
+        if process.stdout is not None:
+            await self.follow(process.stdout)
         code = await process.wait()
         self._process = None
         return code
 
 
-def _close_stdin(process: asyncio.subprocess.Process) -> None:
-    if process.stdin is not None:
-        process.stdin.close()
+class EngineSupervisor(ChildSupervisor):
+    """Keeps the engine alive.
+
+    Args:
+        config: what the engine is told.
+        socket_path: where it listens; the folder must be private (0700).
+        on_exit: see `ChildSupervisor`.
+        on_failure: see `ChildSupervisor`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        socket_path: Path,
+        on_exit: Callable[[int], None] = lambda code: None,
+        on_failure: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        command = (ENGINE_MODULE, "--socket", str(socket_path))
+        super().__init__("engine", command, on_exit=on_exit, on_failure=on_failure)
+        self._config = config
+
+    def first_line(self) -> bytes:
+        """The engine's configuration."""
+        return msgspec.json.encode(self._config) + b"\n"
+
+    def remember(self, mode: KernelMode, generation: int) -> None:
+        """Start later engines with a kernel mode that was chosen while this one runs."""
+        self._config = msgspec.structs.replace(self._config, kernel_mode=mode, generation=generation)

@@ -60,6 +60,7 @@ class Tokenizer:
         self._template = _compile(chat_template) if chat_template is not None else None
         self._named_tokens = dict(named_tokens)
         self._token_bytes = _bytes_by_id(backend)
+        self._whole_texts = [_whole_text(token) for token in self._token_bytes]
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -138,6 +139,10 @@ class Tokenizer:
         """Return the bytes of one token, special or not; none for an id outside the tokenizer."""
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Return the text of a token that is whole characters by itself; None for one that is not."""
+        return self._whole_texts[token_id] if 0 <= token_id < len(self._whole_texts) else ""
+
 
 class _RefusedByTemplate(jinja2.TemplateError):
     """A template has called `raise_exception`."""
@@ -172,6 +177,13 @@ def _bytes_by_id(backend: tokenizers.Tokenizer) -> list[bytes]:
     for token_id, added in backend.get_added_tokens_decoder().items():
         table[token_id] = added.content.encode()
     return table
+
+
+def _whole_text(token: bytes) -> str | None:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -4,10 +4,13 @@ Pre-norm blocks of grouped-query attention, with per-head RMSNorm of q and k bef
 MLP. Knows the names of the checkpoint's tensors; nothing of files, phases or kernel modes.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusewire.kernels.projections import norm_linear
 from fusewire.kernels.rope import rope_frequencies, rope_table
 from fusewire.model.attention import AttentionBackend, StepAttention
 from fusewire.model.config import ModelConfig
@@ -16,8 +19,8 @@ from fusewire.model.kv_cache import KVCache, LayerCache
 from fusewire.model.layers import GatedMLP, Linear, QKNorm, RMSNorm, empty_parameter
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention over the paged cache."""
+class DecoderLayer(nn.Module):
+    """Causal grouped-query attention over the paged cache, and an MLP; each adds to the stream in place."""
 
     def __init__(
         self,
@@ -37,36 +40,29 @@ class Attention(nn.Module):
             dtype=dtype,
             device=device,
         )
-
-    def forward(self, x: Tensor, batch: ForwardBatch, attend: StepAttention, cache: LayerCache) -> Tensor:
-        """Map `[T, hidden]` to the same shape."""
-        q = self.qk_norm.attn_input(x, batch, cache)  # [T, nq, d]
-        return self.out(attend(q, cache).flatten(1))
-
-
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        rope: Tensor,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        deterministic: bool,
-    ) -> None:
-        super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.attention = Attention(config, rope, dtype=dtype, device=device, deterministic=deterministic)
-        self.mlp_norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
         self.mlp = GatedMLP(config, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, batch: ForwardBatch, attend: StepAttention, cache: LayerCache) -> Tensor:
-        """Map the residual stream `[T, hidden]` to the next layer's."""
-        x = x + self.attention(self.attention_norm(x), batch, attend, cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def add_to_(self, stream: Tensor, batch: ForwardBatch, attend: StepAttention, cache: LayerCache) -> None:
+        """Turn the residual stream `[T, hidden]` into the next layer's."""
+        q = self.qk_norm.attn_input(stream, batch, cache)  # [T, nq, d]
+        self._finish(stream, attend(q, cache))
+
+    def of_samples(
+        self, stream: Tensor, batch: ForwardBatch, attend: StepAttention, cache: LayerCache
+    ) -> Tensor:
+        """The next layer's stream of the tokens that yield logits alone: `[S, hidden]`.
+
+        Keys and values of all tokens enter the cache.
+        """
+        q = self.qk_norm.attn_input(stream, batch, cache)
+        sampled = stream[batch.logit_rows]
+        if len(sampled):
+            self._finish(sampled, attend.of_samples(q, cache))
+        return sampled
+
+    def _finish(self, stream: Tensor, attended: Tensor) -> None:
+        self.out.add_to_(stream, attended.flatten(1))
+        self.mlp.add_to_(stream)
 
 
 class Qwen3(nn.Module):
@@ -100,24 +96,36 @@ class Qwen3(nn.Module):
             else empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         )
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Run the decoder over a step's T tokens: the residual stream `[T, hidden]` after the last layer."""
-        attend = self.attention.begin(batch)
-        x = F.embedding(batch.input_ids, self.embedding)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, batch, attend, layer_cache)
-        return x
+    def forward(self, batch: ForwardBatch, cache: KVCache, *, every_token: bool = False) -> Tensor:
+        """Run the decoder over a step's T tokens: the last residual stream of the tokens that yield logits.
 
-    def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Map rows of the residual stream `[S, hidden]` to logits `[S, vocabulary]`."""
-        return F.linear(self.norm(hidden_rows), self.head)
+        Of the others the last layer computes only what enters the cache.
+
+        Args:
+            every_token: treat all tokens as if they yielded logits.
+
+        Returns:
+            `[S, hidden]` in the order of `batch.logit_rows`, or `[T, hidden]`.
+        """
+        attend = self.attention.begin(batch)
+        stream = F.embedding(batch.input_ids, self.embedding)
+        layers = cast(list[DecoderLayer], list(self.layers))
+        if samples_only := not every_token and not batch.shape.is_decode:
+            *layers, last = layers
+        for layer, layer_cache in zip(layers, cache.layers, strict=False):
+            layer.add_to_(stream, batch, attend, layer_cache)
+        return last.of_samples(stream, batch, attend, cache.layers[-1]) if samples_only else stream
+
+    def logits(self, stream: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map rows of the residual stream `[S, hidden]` to logits `[S, vocabulary]`, in `out` if given."""
+        return norm_linear(stream, self.norm.weight, self.norm.eps, self.head, out=out)
 
     @property
     def site(self) -> QKNorm:
         """The first layer's QK-norm site; all are alike but for their weights."""
         first = self.layers[0]
         assert isinstance(first, DecoderLayer)
-        return first.attention.qk_norm
+        return first.qk_norm
 
     @property
     def ignored_tensors(self) -> tuple[str, ...]:
@@ -137,19 +145,19 @@ class Qwen3(nn.Module):
 
     def _layer_views(self, layer: DecoderLayer) -> dict[str, Tensor]:
         config = self.config
-        qk_norm, mlp = layer.attention.qk_norm, layer.mlp
+        qk_norm, mlp = layer.qk_norm, layer.mlp
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         qkv = {
             f"self_attn.{name}_proj": rows * config.head_dim for name, rows in zip("qkv", heads, strict=True)
         }
         gate_up = {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size}
         return {
-            "input_layernorm.weight": layer.attention_norm.weight.data,
-            "post_attention_layernorm.weight": layer.mlp_norm.weight.data,
+            "input_layernorm.weight": qk_norm.norm.weight.data,
+            "post_attention_layernorm.weight": mlp.norm.weight.data,
             "self_attn.q_norm.weight": qk_norm.q_weight.data,
             "self_attn.k_norm.weight": qk_norm.k_weight.data,
             **_packed_views(qk_norm.qkv, qkv),
-            **_packed_views(layer.attention.out, {"self_attn.o_proj": config.hidden_size}),
+            **_packed_views(layer.out, {"self_attn.o_proj": config.hidden_size}),
             **_packed_views(mlp.gate_up, gate_up),
             **_packed_views(mlp.down, {"mlp.down_proj": config.hidden_size}),
         }

@@ -17,12 +17,13 @@ from fusewire.kernels.paths import PATHS
 from fusewire.kernels.shape import QKNormShape
 from fusewire.model import demo
 from fusewire.model.attention import select_backend
-from fusewire.model.batch import Row, SampleSpec
+from fusewire.model.batch import Row, Seating
 from fusewire.model.config import ModelConfig
 from fusewire.model.families.qwen3 import Qwen3
-from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.forward_batch import ForwardBatch, StepInputs, StepShape
 from fusewire.model.kv_cache import KVCache
 from fusewire.model.sampling_params import SamplingParams
+from fusewire.model.seats import SeatTable
 from fusewire.service.bench.inputs import BLOCK_SIZE, draw_buffers, draw_site, path_arguments
 from fusewire.service.bench.measure import FAILURES, Bench, Progress, Save, describe_failure
 from fusewire.service.bench.options import BenchOptions, OptionError
@@ -106,11 +107,13 @@ class RandomModel:
         self._bench = bench
         self._name = name
         self._config = config
-        attention = select_backend("auto", bench.device)
+        self._attention = attention = select_backend("auto", config, 1, bench.dtype, bench.device)
         self._model = Qwen3(config, attention, most_tokens, bench.dtype, bench.device)
         _draw_weights(self._model, bench.device)
         self._blocks = -(-most_tokens // BLOCK_SIZE)
         self._cache = KVCache(config, self._blocks, BLOCK_SIZE, bench.dtype, bench.device)
+        self._seats = SeatTable(1, most_tokens, self._blocks, bench.device)
+        self._inputs = StepInputs(self._seats, BLOCK_SIZE, most_tokens, 1)
 
     def measure(self, tokens: int) -> list[Forward]:
         """Time the forward of a prompt on every path."""
@@ -185,12 +188,15 @@ class RandomModel:
     def _batch(self, tokens: int, mode: KernelMode) -> ForwardBatch:
         """One prompt from its start, of which the last token wants logits."""
         ids = torch.randint(self._config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
-        sample = SampleSpec(params=SamplingParams(), prompt_ids=[0], output_ids=[])
-        row = Row(ids.tolist(), 0, range(self._blocks), sample)
-        return ForwardBatch.build([row], mode, BLOCK_SIZE, self._bench.device)
+        table = range(self._blocks)
+        self._seats.seat([Seating(0, ids.tolist(), tokens, table, SamplingParams())])
+        tile = self._attention.tile_tokens(tokens)
+        shape = StepShape(tokens, 1, -(-tokens // tile), tile)
+        return self._inputs.load([Row(0, 0, tokens, samples=True)], mode, shape)
 
     def _logits(self, batch: ForwardBatch) -> Tensor:
-        return self._model.logits(self._model(batch, self._cache)[batch.logit_rows])
+        self._inputs.expand(batch)
+        return self._model.logits(self._model(batch, self._cache))
 
 
 def _draw_weights(model: Qwen3, device: torch.device) -> None:

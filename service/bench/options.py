@@ -126,51 +126,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--heads",
-        type=_list_of(_heads),
+        type=list_of(_heads),
         default=(),
         metavar="Q/KV,...",
         help="pairs of q and kv heads (default 16/8,32/8,64/8; on a CPU 16/8)",
     )
     what.add_argument(
         "--tokens",
-        type=_list_of(_count),
+        type=list_of(count),
         default=(),
         metavar="N,...",
         help="tokens of a step (default 1,64,256,1024,4096,32768; on a CPU 1,64,256; "
         "prefill claim: 16,64,256,1024,4096; on a CPU 16,64)",
     )
-    what.add_argument("--head-dim", type=_count, metavar="N", help="elements of a head (default 128)")
+    what.add_argument("--head-dim", type=count, metavar="N", help="elements of a head (default 128)")
     what.add_argument("--dtype", choices=DTYPES, help="default auto: bfloat16, on a CPU float32")
     what.add_argument("--device", choices=DEVICES, help="default auto: CUDA where there is one")
     names = ", ".join(CONTENDERS)
     what.add_argument(
         "--only",
-        type=_list_of(_one_of(CONTENDERS)),
+        type=list_of(one_of(CONTENDERS)),
         default=(),
         metavar="NAMES",
         help=f"measure these alone, of {names}",
     )
     what.add_argument(
-        "--skip", type=_list_of(_one_of(CONTENDERS)), default=(), metavar="NAMES", help="leave these out"
+        "--skip", type=list_of(one_of(CONTENDERS)), default=(), metavar="NAMES", help="leave these out"
     )
     what.add_argument(
         "--timing", choices=TIMINGS, help="GPU time in a CUDA graph, eager wall time, or both (default)"
     )
     what.add_argument(
         "--repeats",
-        type=_count,
+        type=count,
         metavar="N",
         help="timed replays of each graph (default 30); eager calls get a quarter as many rounds",
     )
     what.add_argument(
         "--models",
-        type=_list_of(_one_of(MODELS)),
+        type=list_of(one_of(MODELS)),
         default=(),
         metavar="NAMES",
         help=f"shapes of the prefill claim, of {', '.join(MODELS)} (default the first two; on a CPU demo)",
     )
     what.add_argument(
-        "--layers", type=_count, metavar="N", help="layers of the prefill claim's models (default: all)"
+        "--layers", type=count, metavar="N", help="layers of the prefill claim's models (default: all)"
     )
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -188,11 +188,14 @@ def read_options(args: argparse.Namespace) -> BenchOptions:
     return BenchOptions(**{name: getattr(args, name) for name in BenchOptions.__dataclass_fields__})
 
 
-def _list_of(convert: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
+def list_of(convert: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
+    """Make a converter of comma-separated items."""
     return lambda text: tuple(convert(part.strip()) for part in text.split(","))
 
 
-def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+def one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    """Make a converter that takes these names alone."""
+
     def convert(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"there is no {text!r}; there are {', '.join(names)}")
@@ -214,7 +217,8 @@ def _heads(text: str) -> Heads:
     return heads
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Convert a whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
     return int(text)

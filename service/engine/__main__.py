@@ -6,12 +6,12 @@ cannot work ends it with `EXIT_UNUSABLE` and one line that says why.
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -23,13 +23,16 @@ from fusewire.service.config import EngineConfig
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
 from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.progress import show_progress
 from fusewire.service.engine.scheduler import Scheduler
+from fusewire.service.engine.step_time import StepTimes
 from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo
 from fusewire.service.supervisor import EXIT_UNUSABLE
 
 log = logging.getLogger("fusewire.engine")
 
-WORTH_LOGGING_BYTES = 256 << 20
+GC_THRESHOLDS = 50_000, 50, 50
+"""New objects until a collection, and how many of these until one that goes deeper."""
 
 
 def main() -> int:
@@ -51,6 +54,7 @@ def main() -> int:
     channel = Channel(socket_path, inbox)
     threading.Thread(target=stop_at_end_of_input, args=(engine,), daemon=True).start()
     channel.start()
+    calm_garbage_collector()
     engine.serve()
     channel.stop()
     return 0
@@ -60,14 +64,31 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
     """Load and warm up the model and put the engine around it."""
     names = RunnerOptions.__dataclass_fields__
     options = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if name in names}
-    runner = ModelRunner(RunnerOptions(path=Path(config.model_path), **options), progress=log_progress())
+    with show_progress() as progress:
+        runner = ModelRunner(RunnerOptions(path=Path(config.model_path), **options), progress=progress)
     runner.warm_up(config.kernel_modes)
     pool = BlockPool(runner.num_blocks, runner.block_size)
-    scheduler = Scheduler(pool, config.max_running, config.max_step_tokens, config.kernel_mode)
+    scheduler = Scheduler(
+        pool,
+        runner.max_running,
+        runner.max_step_tokens,
+        config.kernel_mode,
+        StepTimes(config.max_step_growth),
+        config.prefix_cache,
+    )
     inbox: Inbox = SimpleQueue()
     ready = describe(runner, config)
     log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
-    return Engine(runner, scheduler, ready, inbox), inbox
+    log.info("start: %s", ", ".join(f"{name}={value:.4g}" for name, value in runner.start_report.items()))
+    overlap = runner.device_name != "cpu"  # there a launch returns with the work done
+    return Engine(runner, scheduler, ready, inbox, overlap), inbox
+
+
+def calm_garbage_collector() -> None:
+    """Collect seldom and never look at what was there at the start: a collection would stall a step."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def leave_a_core_to_the_front_end() -> None:
@@ -100,22 +121,9 @@ def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
         generation=config.generation,
         kv_blocks=runner.num_blocks,
         block_size=runner.block_size,
-        max_running=config.max_running,
+        max_running=runner.max_running,
+        max_step_tokens=runner.max_step_tokens,
     )
-
-
-def log_progress() -> Callable[[int, int], None]:
-    """Make a callback that logs how much of the weights is loaded, at each tenth of a large model."""
-    tenths_logged = 0
-
-    def log_tenths(done: int, total: int) -> None:
-        nonlocal tenths_logged
-        tenths = 10 * done // max(total, 1)
-        if tenths > tenths_logged and total >= WORTH_LOGGING_BYTES:
-            tenths_logged = tenths
-            log.info("loaded %d of %d MB", done >> 20, total >> 20)
-
-    return log_tenths
 
 
 def stop_at_end_of_input(engine: Engine) -> None:

@@ -1,26 +1,31 @@
-"""The step loop: take in messages, plan a step, run it, say what came of it.
+"""The step loop: take in messages, plan a step, launch it, settle the step before it, say what came of it.
 
-Everything that changes what a step does (a new request, a cancellation, a kernel mode) arrives
-through one inbox and is applied between two steps. Knows nothing of gRPC or text.
+On a device that works on its own the loop keeps one step ahead: while a step runs, the next one is
+planned and launched behind it. Everything that changes what a step does (a new request, a
+cancellation, a kernel mode) arrives through one inbox and is applied between two plans. Knows nothing
+of gRPC or text.
 """
 
 import itertools
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.batch import Row, Sampled
+from fusewire.model.batch import Sampled, Step
 from fusewire.service.engine.channel import Change, Connection, Inbox
+from fusewire.service.engine.plan import StepPlan
 from fusewire.service.engine.request import Request
-from fusewire.service.engine.scheduler import Scheduler, StepPlan
+from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.messages import (
     AddRequest,
+    CancelReply,
+    CancelRequest,
     EndAll,
     EngineReady,
     FinishRequest,
@@ -37,10 +42,14 @@ log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """Computes a step; `fusewire.model.runner.ModelRunner` is one."""
+    """Computes steps; `fusewire.model.runner.ModelRunner` is one."""
 
-    def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
-        """Compute the rows on one path and sample where they ask for it."""
+    def launch(self, step: Step) -> Any:
+        """Start a step behind those launched before; returns what `collect` is to be given."""
+        ...
+
+    def collect(self, launched: Any) -> list[Sampled | None]:
+        """Wait for a step; an entry a row, None for rows that sample nothing."""
         ...
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
@@ -48,27 +57,51 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step on its way through the device."""
+
+    plan: StepPlan
+    handle: Any
+    """What the runner wants back to collect it."""
+    launched_at: float
+
+
 class Engine:
     """Owns the scheduler and the runner and serves one inbox.
 
     Args:
         runner: computes the steps.
-        scheduler: plans them.
+        scheduler: plans and settles them.
         ready: what a front end is told when it connects, with the kernel mode of the start.
         inbox: where messages arrive.
+        overlap: whether to launch a step before the one ahead of it is collected; of use where
+            `launch` returns before the work is done.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, ready: EngineReady, inbox: Inbox) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, ready: EngineReady, inbox: Inbox, overlap: bool = True
+    ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._ready = ready
         self._inbox = inbox
+        self._overlap = overlap
         self._connections: list[Connection] = []
         self._orders = itertools.count()
         self._generation = ready.generation
+        self._ahead: LaunchedStep | None = None
+        """Launched and not collected yet."""
+        self._ahead_ended = 0.0
+        """When the step collected last was done."""
         self._step = 0
         self._reported_preemptions = 0
         self._stopping = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request and no step, so that only a message can change anything."""
+        return self._ahead is None and self._scheduler.is_idle
 
     def stop(self) -> None:
         """Let `serve` return after the step that runs; safe from any thread."""
@@ -78,21 +111,30 @@ class Engine:
     def serve(self) -> None:
         """Run steps until `stop`, sleeping while there is nothing to do."""
         while not self._stopping:
-            self._take_in()
-            now = time.monotonic()
-            self._scheduler.expire(now)
-            plan = self._scheduler.plan(now)
-            self._publish_events()
-            if plan is not None:
-                self._run(plan)
+            self.step()
         for connection in self._connections:
             connection.close()
+
+    def step(self) -> None:
+        """One turn of the loop: launch the next step, if there is one, and settle the one before it.
+
+        Waits for a message while idle, and otherwise only for the device.
+        """
+        self._take_in()
+        now = time.monotonic()
+        self._scheduler.expire(now)
+        plan = self._scheduler.plan(now)
+        launched = self._launch(plan) if plan is not None else None
+        self._publish_events()
+        due, self._ahead = (self._ahead, launched) if self._overlap else (launched, None)
+        if due is not None:
+            self._settle(due)
 
     # ---- in ----
 
     def _take_in(self) -> None:
-        """Apply every message that has arrived; wait for one if no request lives."""
-        block = not self._scheduler.live()
+        """Apply every message that has arrived; wait for one if there is nothing to do."""
+        block = self.is_idle
         with suppress(Empty):
             while True:
                 item = self._inbox.get(block=block)
@@ -106,6 +148,8 @@ class Engine:
                 self._scheduler.add(Request(message, next(self._orders), connection))
             case FinishRequest(request_id=request_id, reason=reason):
                 self._scheduler.finish(request_id, reason)
+            case CancelRequest():
+                connection.send(CancelReply(message.call_id, self._cancel(message)))
             case EndAll(reason=reason):
                 for request in self._scheduler.live():
                     self._scheduler.finish(request.spec.request_id, reason)
@@ -122,6 +166,14 @@ class Engine:
         return msgspec.structs.replace(
             self._ready, kernel_mode=self._scheduler.default_mode, generation=self._generation
         )
+
+    def _cancel(self, message: CancelRequest) -> bool:
+        """End a caller's request; False if the caller has none of that id."""
+        request = self._scheduler.find(message.request_id)
+        if request is None or request.spec.caller != message.caller:
+            return False
+        self._scheduler.finish(message.request_id, "cancelled")
+        return True
 
     def _cancel_all_of(self, connection: Connection) -> None:
         for request in self._scheduler.live():
@@ -156,35 +208,43 @@ class Engine:
 
     # ---- a step, and out ----
 
-    def _run(self, plan: StepPlan) -> None:
-        started = time.monotonic()
-        self._step += 1
-        sampled = self._runner.run(plan.rows, plan.mode)
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        self._step = plan.number
+        launched_at = time.monotonic()
+        return LaunchedStep(plan, self._runner.launch(plan.step), launched_at)
+
+    def _settle(self, launched: LaunchedStep) -> None:
+        """Wait for a step, take its results in and report it."""
+        plan = launched.plan
+        sampled = self._runner.collect(launched.handle)
         now = time.monotonic()
-        backend = self._runner.backend(plan.mode, sum(work.count for work in plan.work))
-        self._scheduler.commit(plan, sampled, now, backend)
-        self._publish_step(plan, now - started)
+        seconds = now - max(launched.launched_at, self._ahead_ended)
+        self._ahead_ended = now
+        backend = self._runner.backend(plan.mode, plan.decode_tokens + plan.prefill_tokens)
+        self._scheduler.commit(plan, sampled, now, backend, seconds)
+        self._publish_step(plan, seconds)
 
     def _publish_events(self) -> None:
         """Send what happened between two steps to whom it concerns."""
-        for connection, events in self._events_by_owner().items():
+        for connection, events in self._scheduler.take_events().items():
             connection.send(self._report(events))
 
-    def _publish_step(self, plan: StepPlan, duration: float) -> None:
+    def _publish_step(self, plan: StepPlan, seconds: float) -> None:
         """Report a step to every connection, each with its own events."""
-        by_owner = self._events_by_owner()
+        events_of = self._scheduler.take_events()
         preemptions = self._scheduler.preemptions - self._reported_preemptions
         self._reported_preemptions += preemptions
         for connection in self._connections:
-            report = self._report(by_owner.get(connection, []))
+            report = self._report(events_of.get(connection, []))
             connection.send(
                 msgspec.structs.replace(
                     report,
+                    step=plan.number,
                     phase=plan.phase,
                     kernel_mode=plan.mode,
-                    duration=duration,
-                    prefill_tokens=plan.tokens("prefill"),
-                    decode_tokens=plan.tokens("decode"),
+                    duration=seconds,
+                    prefill_tokens=plan.prefill_tokens,
+                    decode_tokens=plan.decode_tokens,
                     preemptions=preemptions,
                 )
             )
@@ -204,9 +264,3 @@ class Engine:
             preemptions=0,
             events=events,
         )
-
-    def _events_by_owner(self) -> dict[Connection, list[RequestEvent]]:
-        by_owner: dict[Connection, list[RequestEvent]] = {}
-        for request, event in self._scheduler.take_events():
-            by_owner.setdefault(request.owner, []).append(event)
-        return by_owner

@@ -3,24 +3,38 @@
 Knows nothing of what is said on the socket or of tensors.
 """
 
-from collections.abc import Collection
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.batch import Row, SampleSpec
+from fusewire.model.batch import Row, Seating
 from fusewire.service.engine.channel import Connection
-from fusewire.service.messages import AddRequest, KernelPath
+from fusewire.service.engine.prefix_cache import PrefixChain
+from fusewire.service.messages import AddRequest, Ended, EndReason, KernelPath
 
 RowPhase = Literal["prefill", "decode"]
+
+NO_SEAT = -1
+
+
+class Run(NamedTuple):
+    """What a step was to one of its rows."""
+
+    phase: RowPhase
+    mode: KernelMode
+    backend: str
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """The state of one generation between `AddRequest` and `Ended`.
 
-    Invariant: the KV of tokens `[0, computed)` is in `blocks`; `computed < len(tokens)` while the
-    request lives, for the last token's KV is computed by the step that samples its successor.
+    Planning runs ahead of results: `computed` counts tokens whose KV is computed or will be by a step
+    that was launched, `tokens` are those whose ids are known. A running request first prefills until
+    all its known tokens are computed; from the row that samples on it decodes, and has exactly one
+    more token than `computed`, whose id the device may be the only one to know.
     """
 
     spec: AddRequest
@@ -28,72 +42,117 @@ class Request:
     """Counts arrivals at the engine; breaks ties of priority."""
     owner: Connection
     """The front end that gets the events."""
-    tokens: list[int] = field(init=False)
-    """Prompt and answer."""
-    output_ids: list[int] = field(default_factory=list)
-    computed: int = 0
+
+    tokens: "array[int]" = field(init=False)
+    """Prompt and answer, as far as it is known; int32."""
+    rank: tuple[int, int] = field(init=False)
+    """The order of scheduling, best first: higher priority, then earlier arrival."""
+    pin: KernelMode | None = field(init=False)
+    """The kernel mode that it insists on."""
+    max_length: int = field(init=False)
+    """Prompt and the longest answer."""
+    ending_ids: frozenset[int] = field(init=False)
+    """Tokens that end the answer."""
+    banned_ids: tuple[int, ...] = field(init=False)
+    """The same, in the order in which a row names them."""
+    ban_ends: int = field(init=False)
+    """Rows that end before this position must not choose `banned_ids`."""
+
+    seat: int = NO_SEAT
+    """Index of its tables on the device while it runs."""
     blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    decoding: bool = False
+    """Whether its next row is a decode row; not once the last one is planned."""
+    last_step: int = 0
+    """Number of the last step that had a row of it."""
+    ended: bool = False
     was_scheduled: bool = False
     preempted_at: float | None = None
     preempted_seconds: float = 0.0
-    _paths: dict[RowPhase, set[KernelMode]] = field(default_factory=dict)
-    _backends: dict[RowPhase, set[str]] = field(default_factory=dict)
+    chain: PrefixChain | None = None
+    """Of its blocks, all computed on one mode; None once they are not, or if the cache is off."""
+    last_run: Run | None = None
+    _runs: set[Run] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Start with the prompt alone."""
-        if not self.spec.prompt_ids:
-            raise ValueError(f"prompt_ids: request {self.spec.request_id} has none")
-        self.tokens = list(self.spec.prompt_ids)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """The order of scheduling, best first: higher priority, then earlier arrival."""
-        return -self.spec.priority, self.order
+        """Start with the prompt alone, and work out what every step will ask for."""
+        spec = self.spec
+        if not spec.prompt_ids:
+            raise ValueError(f"prompt_ids: request {spec.request_id} has none")
+        self.tokens = array("i", spec.prompt_ids)
+        self.rank = (-spec.priority, self.order)
+        self.pin = spec.kernel_mode
+        self.max_length = len(self.tokens) + spec.max_tokens
+        self.banned_ids = (*spec.eos_ids, *spec.stop_ids)
+        self.ending_ids = frozenset(self.banned_ids)
+        self.ban_ends = len(self.tokens) + spec.min_tokens if self.banned_ids else 0
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is still to be computed; at least 1."""
+        """Known tokens whose KV no launched step computes; at least 1 until the row that samples."""
         return len(self.tokens) - self.computed
 
     @property
-    def phase(self) -> RowPhase:
-        """Decode once only the newest generated token is pending; recomputation is prefill."""
-        return "decode" if self.output_ids and self.pending == 1 else "prefill"
+    def generated(self) -> int:
+        """Tokens of the answer that are known."""
+        return len(self.tokens) - len(self.spec.prompt_ids)
 
-    def row(self, count: int) -> Row:
-        """The next `count` pending tokens as a row of a step; samples if they are the last."""
-        end = self.computed + count
-        return Row(
-            token_ids=self.tokens[self.computed : end],
-            start=self.computed,
-            block_table=self.blocks,
-            sample=self._sample_spec() if end == len(self.tokens) else None,
+    # ---- planning ----
+
+    def seating(self, seat: int) -> Seating:
+        """Take a seat, with every token known and blocks for them all."""
+        self.seat = seat
+        prompt_len = len(self.spec.prompt_ids)
+        return Seating(seat, self.tokens[:], prompt_len, self.blocks[:], self.spec.sampling)
+
+    def decode_row(self, new_block: int) -> Row:
+        """A row of the newest token, known here or not; it samples the next one."""
+        start = self.computed
+        self.computed = end = start + 1
+        self.decoding = end + 1 < self.max_length
+        return Row(self.seat, start, 1, True, new_block, self.banned_ids if end < self.ban_ends else ())
+
+    def prefill_row(self, count: int) -> Row:
+        """A row of the next `count` pending tokens; it samples if they are the last."""
+        start = self.computed
+        self.computed = end = start + count
+        samples = end == len(self.tokens)
+        self.decoding = samples and end + 1 < self.max_length
+        banned_ids = self.banned_ids if samples and end < self.ban_ends else ()
+        return Row(self.seat, start, count, samples, banned_ids=banned_ids)
+
+    # ---- results ----
+
+    def note_run(self, run: Run) -> None:
+        """Remember what a step was to this request. On another mode, its blocks form no chain any more."""
+        self.last_run = run
+        self._runs.add(run)
+        if self.chain is not None and self.chain.mode is not run.mode:
+            self.chain = None
+
+    def end(self, reason: EndReason, stop_id: int | None) -> Ended:
+        """Say how it went."""
+        self.ended = True
+        return Ended(
+            self.spec.request_id,
+            reason,
+            prefill_path=self._path("prefill"),
+            decode_path=self._path("decode"),
+            prefill_backend=self._backend("prefill"),
+            decode_backend=self._backend("decode"),
+            stop_id=stop_id,
+            preempted_seconds=self.preempted_seconds,
         )
 
-    def _sample_spec(self) -> SampleSpec:
-        spec = self.spec
-        too_short = len(self.output_ids) < spec.min_tokens
-        return SampleSpec(
-            params=spec.sampling,
-            prompt_ids=spec.prompt_ids,
-            output_ids=self.output_ids,
-            banned_ids=(*spec.eos_ids, *spec.stop_ids) if too_short else (),
-        )
+    def _path(self, phase: RowPhase) -> KernelPath:
+        return cast(KernelPath, _one_name(run.mode for run in self._runs if run.phase == phase))
 
-    def note_path(self, phase: RowPhase, mode: KernelMode, backend: str) -> None:
-        """Remember that a step of this phase ran on this path, and what ran it."""
-        self._paths.setdefault(phase, set()).add(mode)
-        self._backends.setdefault(phase, set()).add(backend)
-
-    def backend(self, phase: RowPhase) -> str:
-        """What ran all steps of a phase, "mixed" for several, "" when the phase did not run."""
-        return _one_name(self._backends.get(phase, set()))
-
-    def path(self, phase: RowPhase) -> KernelPath:
-        """The one path of a phase, "mixed" for several, "" when the phase did not run."""
-        return cast(KernelPath, _one_name(self._paths.get(phase, set())))
+    def _backend(self, phase: RowPhase) -> str:
+        return _one_name(run.backend for run in self._runs if run.phase == phase)
 
 
-def _one_name(names: Collection[str]) -> str:
-    """The name that is the only one, "mixed" for several, "" for none."""
-    return "mixed" if len(names) > 1 else str(next(iter(names), ""))
+def _one_name(names: Iterable[str]) -> str:
+    """The name that all share, "mixed" if they differ, "" if there are none."""
+    distinct = set(names)
+    return "mixed" if len(distinct) > 1 else str(next(iter(distinct), ""))

@@ -1,86 +1,89 @@
 """Continuous batching: which tokens of which requests the next step computes.
 
-Every step holds one kernel mode. Decode rows come first, one token each; what is left of the token
-budget goes to prompts, in chunks. A request gets the blocks of its whole prompt when it is admitted
-and one more whenever its answer outgrows them; when none is free, the request of the lowest rank
-loses its blocks and is recomputed later. Knows nothing of tensors, sockets or text.
+Every step holds one kernel mode. Decode rows come first, one token each; what is left of the budget
+goes to prompts, in chunks, and beside decode rows no more than the time of a step allows. Plans run
+ahead of results: a step may be planned while the one before it still runs. So what a result ends or a
+client cancels may have a row in the step that runs already; that row's result is dropped, and its
+blocks and seat can be given away at once, for the device does its work in the order of launches.
+
+A request gets the blocks of its whole prompt when it is admitted, as far as the prefix cache does not
+have them, and one more whenever its answer outgrows them; when none is free, the request of the lowest
+rank loses its blocks and is recomputed later. Knows nothing of tensors, sockets, clocks or text.
 """
 
-from bisect import insort
-from dataclasses import dataclass
-from operator import attrgetter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.batch import Row, Sampled
+from fusewire.model.batch import Sampled
 from fusewire.service.engine.block_pool import BlockPool
-from fusewire.service.engine.request import Request, RowPhase
-from fusewire.service.messages import Ended, EndReason, Phase, RequestEvent, Scheduled, Token
+from fusewire.service.engine.channel import Connection
+from fusewire.service.engine.plan import StepPlan
+from fusewire.service.engine.prefix_cache import PrefixCache, PrefixChain
+from fusewire.service.engine.queues import Deadlines, RankedRequests, WaitingRequests
+from fusewire.service.engine.request import NO_SEAT, Request, Run
+from fusewire.service.engine.step_time import MIN_CHUNK, StepTimes
+from fusewire.service.messages import EndReason, RequestEvent, Scheduled, Token
 
-_rank = attrgetter("rank")
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One request's share of a step."""
-
-    request: Request
-    count: int
-    phase: RowPhase
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes, on one kernel mode."""
-
-    mode: KernelMode
-    work: list[Work]
-    rows: list[Row]
-
-    def tokens(self, phase: RowPhase) -> int:
-        """Tokens of the step in one phase."""
-        return sum(work.count for work in self.work if work.phase == phase)
-
-    @property
-    def phase(self) -> Phase:
-        """The phase that all rows share, or "mixed"."""
-        phases = {work.phase for work in self.work}
-        return phases.pop() if len(phases) == 1 else "mixed"
+MODES = tuple(KernelMode)
+TURNS = {mode: MODES[at + 1 :] + MODES[: at + 1] for at, mode in enumerate(MODES)}
+"""Whose turn it is after a step of each mode, first to last."""
 
 
 class Scheduler:
-    """Holds every live request and plans the steps.
+    """Holds every live request, plans the steps and settles their results.
 
     Args:
         pool: the KV cache's blocks; must hold one request of the longest context.
-        max_running: the most requests that hold blocks at once.
+        max_running: the most requests that hold blocks at once; each has a seat below this number.
         max_step_tokens: the token budget of a step, at least `max_running`.
         default_mode: the path of requests that pin none.
+        times: bounds the prefill beside decode rows; by default there is no bound.
+        prefix_cache: whether requests may find what others have computed.
     """
 
     def __init__(
-        self, pool: BlockPool, max_running: int, max_step_tokens: int, default_mode: KernelMode
+        self,
+        pool: BlockPool,
+        max_running: int,
+        max_step_tokens: int,
+        default_mode: KernelMode,
+        times: StepTimes | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         if max_step_tokens < max_running:
             raise ValueError(f"max_step_tokens: {max_step_tokens} is less than max_running {max_running}")
         self.pool = pool
         self.default_mode = default_mode
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
+        self.waiting = WaitingRequests()
+        self.running = RankedRequests()
         self.preemptions = 0
+        self._prefilling = RankedRequests()
+        """Those of the running whose prompts are not all planned."""
         self._max_running = max_running
         self._max_step_tokens = max_step_tokens
+        self._times = times or StepTimes()
+        self._prefixes = PrefixCache(pool) if prefix_cache else None
+        self._free_seats = list(range(max_running - 1, -1, -1))
         self._last_mode = default_mode
+        self._planned = self._settled = 0
+        self._refused: tuple[Request, KernelMode, int] | None = None
+        """Who had no room last, on which mode, and how many blocks there were to spare."""
         self._live: dict[str, Request] = {}
-        self._events: list[tuple[Request, RequestEvent]] = []
+        self._live_by_pin: Counter[KernelMode | None] = Counter()
+        self._deadlines = Deadlines()
+        self._events: defaultdict[Connection, list[RequestEvent]] = defaultdict(list)
+        self._runs: dict[tuple[KernelMode, str], tuple[Run, Run]] = {}
 
     # ---- requests come and go ----
 
     def add(self, request: Request) -> None:
         """Queue a request by its rank; one that could never fit the pool ends as "error"."""
-        spec = request.spec
-        self._live[spec.request_id] = request
-        insort(self.waiting, request, key=_rank)
-        if self.pool.blocks_for(len(spec.prompt_ids) + spec.max_tokens) > self.pool.num_blocks:
+        self._live[request.spec.request_id] = request
+        self._live_by_pin[request.pin] += 1
+        self._deadlines.add(request)
+        self.waiting.add(request)
+        if self.pool.blocks_for(request.max_length) > self.pool.num_blocks:
             self._end(request, "error")
 
     def finish(self, request_id: str, reason: EndReason) -> None:
@@ -88,84 +91,66 @@ class Scheduler:
         if request := self._live.get(request_id):
             self._end(request, reason)
 
+    def find(self, request_id: str) -> Request | None:
+        """The live request of this id."""
+        return self._live.get(request_id)
+
     def live(self) -> list[Request]:
         """Every request that has not ended."""
         return list(self._live.values())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has ended."""
+        return not self._live
+
     def expire(self, now: float) -> None:
         """End the requests whose deadline has passed."""
-        for request in self.live():
-            if request.spec.deadline is not None and request.spec.deadline <= now:
-                self._end(request, "time_limit")
+        for request in self._deadlines.passed(now, self._live):
+            self._end(request, "time_limit")
 
-    def take_events(self) -> list[tuple[Request, RequestEvent]]:
-        """Hand over what has happened since the last call."""
-        events, self._events = self._events, []
+    def take_events(self) -> dict[Connection, list[RequestEvent]]:
+        """Hand over what has happened since the last call, in order, by whom it concerns."""
+        events, self._events = self._events, defaultdict(list)
         return events
 
     # ---- planning ----
 
     def plan(self, now: float) -> StepPlan | None:
-        """Choose the next step's mode, taking turns, and its rows; None when nothing can run."""
-        for mode in self._modes_in_turn():
-            work = self._decodes(mode, now)
-            work += self._prefills(mode, self._max_step_tokens - len(work), now)
-            if work:
-                self._last_mode = mode
-                return StepPlan(mode, work, [item.request.row(item.count) for item in work])
+        """Choose the next step's mode, taking turns, and its rows; None when nothing can run now.
+
+        The plan must be launched, and settled by `commit` in the order of the plans.
+        """
+        for mode in TURNS[self._last_mode]:
+            if self._is_wanted(mode):
+                plan = StepPlan(self._planned + 1, mode)
+                self._add_decodes(plan, now)
+                self._add_prefills(plan, now)
+                if plan.rows:
+                    self._planned, self._last_mode = plan.number, mode
+                    return plan
         return None
 
     def mode_of(self, request: Request) -> KernelMode:
         """The path of a request's next step."""
-        return request.spec.kernel_mode or self.default_mode
+        return request.pin or self.default_mode
 
-    def _modes_in_turn(self) -> list[KernelMode]:
-        wanted = {self.mode_of(request) for request in self._live.values()}
-        modes = list(KernelMode)
-        after_last = modes.index(self._last_mode) + 1
-        return [mode for mode in modes[after_last:] + modes[:after_last] if mode in wanted]
+    def _is_wanted(self, mode: KernelMode) -> bool:
+        follow = mode is self.default_mode and self._live_by_pin[None]
+        return bool(self._live_by_pin[mode] or follow)
 
-    def _decodes(self, mode: KernelMode, now: float) -> list[Work]:
-        work = []
-        for request in [r for r in self.running if r.phase == "decode" and self.mode_of(r) is mode]:
-            if request.blocks and self._grow(request, now):  # no blocks: preempted in this very loop
-                work.append(Work(request, 1, "decode"))
-        return work
-
-    def _prefills(self, mode: KernelMode, budget: int, now: float) -> list[Work]:
-        work = []
-        for request in self.running:
-            if budget and request.phase == "prefill" and self.mode_of(request) is mode:
-                work.append(Work(request, min(request.pending, budget), "prefill"))
-                budget -= work[-1].count
-        while budget and (admitted := self._admit(mode, now)):
-            work.append(Work(admitted, min(admitted.pending, budget), admitted.phase))
-            budget -= work[-1].count
-        return work
-
-    def _admit(self, mode: KernelMode, now: float) -> Request | None:
-        """Give the first waiting request of a mode its blocks, if there is room for it."""
-        request = next((r for r in self.waiting if self.mode_of(r) is mode), None)
-        if request is None or len(self.running) >= self._max_running:
-            return None
-        needed = self.pool.blocks_for(len(request.tokens))
-        if needed + len(self.running) > self.pool.num_free:  # leave each running answer room to grow
-            return None
-        self.waiting.remove(request)
-        insort(self.running, request, key=_rank)
-        request.blocks = self.pool.allocate(needed)
-        if request.preempted_at is not None:
-            request.preempted_seconds += now - request.preempted_at
-            request.preempted_at = None
-        if not request.was_scheduled:
-            request.was_scheduled = True
-            self._events.append((request, Scheduled(request.spec.request_id, now)))
-        return request
+    def _add_decodes(self, plan: StepPlan, now: float) -> None:
+        """Give every answer that goes on its row."""
+        mode, default, block_size = plan.mode, self.default_mode, self.pool.block_size
+        for request in tuple(self.running):  # growing may preempt, but only those behind
+            if request.decoding and (request.pin or default) is mode:
+                if request.computed < len(request.blocks) * block_size:
+                    plan.add_decode(request, -1)
+                elif self._grow(request, now):
+                    plan.add_decode(request, request.blocks[-1])
 
     def _grow(self, request: Request, now: float) -> bool:
-        """Make sure that a decode row's token has a slot; False if the request itself had to yield."""
-        if len(request.tokens) <= len(request.blocks) * self.pool.block_size:
-            return True
+        """Give a request one more block; False if it had to yield its own to get there."""
         while not self.pool.num_free:
             victim = self.running[-1]
             self._preempt(victim, now)
@@ -175,54 +160,174 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request, now: float) -> None:
-        self.running.remove(request)
         self._release(request)
         request.computed = 0
         request.preempted_at = now
-        insort(self.waiting, request, key=_rank)
+        self.waiting.add(request)
         self.preemptions += 1
+
+    def _add_prefills(self, plan: StepPlan, now: float) -> None:
+        """Fill the budget with prompts, by rank.
+
+        One that does not fit leaves half of what is left to those behind it, so that a short prompt
+        need not wait for the whole of a long one; what nobody takes goes back by rank.
+        """
+        left = self._prefill_budget(plan)
+        shares: dict[Request, int] = {}
+        candidates = self._candidates(plan, now)
+        while left and (request := next(candidates, None)):
+            fits = request.pending <= left
+            shares[request] = request.pending if fits else min(left, max(MIN_CHUNK, left // 2))
+            left -= shares[request]
+        for request, share in shares.items():
+            extra = min(left, request.pending - share)
+            left -= extra
+            if share + extra == request.pending:
+                self._prefilling.discard(request)
+            plan.add_prefill(request, share + extra)
+
+    def _prefill_budget(self, plan: StepPlan) -> int:
+        budget = self._max_step_tokens - plan.decode_tokens
+        if not plan.decode_tokens or not (self._prefilling or self.waiting):
+            return budget
+        start = self._prefilling[0].computed if self._prefilling else 0
+        return min(budget, self._times.chunk(plan.mode, plan.decode_tokens, start))
+
+    def _candidates(self, plan: StepPlan, now: float) -> Iterator[Request]:
+        """Running requests that prefill on the plan's mode, then waiting ones, admitted when asked for."""
+        for request in tuple(self._prefilling):
+            if self.mode_of(request) is plan.mode:
+                yield request
+        while admitted := self._admit(plan, now):
+            yield admitted
+
+    # ---- admission ----
+
+    def _admit(self, plan: StepPlan, now: float) -> Request | None:
+        """Seat the first waiting request of the plan's mode, if there is room for it.
+
+        One with a row in a step that still runs is not seated before that step's result is known.
+        """
+        if len(self.running) == self._max_running:
+            return None
+        request = self.waiting.first(plan.mode, self.default_mode)
+        if request is None or request.last_step > self._settled:
+            return None
+        spare = self.pool.num_free - len(self.running)  # leave each running answer room to grow
+        if self._refused and self._refused[:2] == (request, plan.mode) and spare <= self._refused[2]:
+            return None
+        cached = self._find_prefix(request, plan.mode)
+        taken = self.pool.blocks_for(len(request.tokens)) - sum(map(self.pool.is_held, cached))
+        if taken > spare:
+            self._refused = (request, plan.mode, spare)
+            return None
+        self._refused = None
+        self._seat(request, cached, plan)
+        self._note_scheduled(request, now)
+        return request
+
+    def _find_prefix(self, request: Request, mode: KernelMode) -> list[int]:
+        """The blocks of a request's tokens that the cache has for a mode."""
+        if self._prefixes is None or request.spec.cache_disabled:
+            return []
+        if request.chain is None or request.chain.mode is not mode:
+            request.chain = PrefixChain(mode, request.spec.cache_salt, self.pool.block_size)
+        return self._prefixes.match(request.chain, request.tokens)
+
+    def _seat(self, request: Request, cached: list[int], plan: StepPlan) -> None:
+        """Give a request a seat, the blocks that are cached and new ones for the rest of its tokens."""
+        self.waiting.remove(request)
+        self.running.add(request)
+        self._prefilling.add(request)
+        for block in cached:
+            self.pool.share(block)
+        needed = self.pool.blocks_for(len(request.tokens))
+        request.blocks = cached + self.pool.allocate(needed - len(cached))
+        request.computed = len(cached) * self.pool.block_size
+        if request.chain is not None:
+            request.chain.registered = len(cached)
+        plan.seatings.append(request.seating(self._free_seats.pop()))
+
+    def _note_scheduled(self, request: Request, now: float) -> None:
+        if request.preempted_at is not None:
+            request.preempted_seconds += now - request.preempted_at
+            request.preempted_at = None
+        if not request.was_scheduled:
+            request.was_scheduled = True
+            asked = 0 if request.chain is None else len(request.tokens)
+            scheduled = Scheduled(request.spec.request_id, now, request.computed, asked)
+            self._events[request.owner].append(scheduled)
 
     # ---- results ----
 
-    def commit(self, plan: StepPlan, sampled: list[Sampled | None], now: float, backend: str = "") -> None:
-        """Take a step's tokens into its requests and end those that are done; `backend` ran it."""
-        for work, sample in zip(plan.work, sampled, strict=True):
-            request = work.request
-            request.computed += work.count
-            request.note_path(work.phase, plan.mode, backend)
+    def commit(
+        self,
+        plan: StepPlan,
+        sampled: Sequence[Sampled | None],
+        now: float,
+        backend: str = "",
+        seconds: float | None = None,
+    ) -> None:
+        """Take a step's tokens into its requests and end those that are done.
+
+        Args:
+            plan: the oldest that is not settled.
+            sampled: what the runner returned for it.
+            now: when it did.
+            backend: what ran the step.
+            seconds: what the step took; None teaches nothing.
+        """
+        self._settled = plan.number
+        if seconds is not None:
+            self._times.learn(plan.mode, plan.decode_tokens, plan.prefill_tokens, plan.mean_context, seconds)
+        block_size = self.pool.block_size
+        decode_run, prefill_run = self._runs_of(plan.mode, backend)
+        runs = [decode_run] * plan.decode_tokens + [prefill_run] * (len(plan.rows) - plan.decode_tokens)
+        for request, row, sample, run in zip(plan.requests, plan.rows, sampled, runs, strict=True):
+            if request.ended:
+                continue
+            if request.last_run is not run:
+                request.note_run(run)
+            computed = row.start + row.count
+            if (chain := request.chain) is not None and computed // block_size > chain.registered:
+                self._register(request, computed)
             if sample is not None:
                 self._append(request, sample, now)
 
+    def _runs_of(self, mode: KernelMode, backend: str) -> tuple[Run, Run]:
+        """What a step is to its decode rows and to its prefill rows, the same objects each time."""
+        runs = Run("decode", mode, backend), Run("prefill", mode, backend)
+        return self._runs.setdefault((mode, backend), runs)
+
+    def _register(self, request: Request, computed: int) -> None:
+        """Let others find the request's full blocks, unless it was preempted since and has lost them."""
+        if self._prefixes is not None and request.chain is not None and request.seat != NO_SEAT:
+            self._prefixes.register(request.chain, request.tokens, request.blocks, computed)
+
     def _append(self, request: Request, sample: Sampled, now: float) -> None:
-        spec = request.spec
-        request.tokens.append(sample.token_id)
-        request.output_ids.append(sample.token_id)
-        event = Token(spec.request_id, sample.token_id, now, sample.logprob, list(sample.top))
-        self._events.append((request, event))
-        if sample.token_id in spec.stop_ids:
-            self._end(request, "stop", stop_id=sample.token_id)
-        elif sample.token_id in spec.eos_ids:
-            self._end(request, "eos", stop_id=sample.token_id)
-        elif len(request.output_ids) >= spec.max_tokens:
-            self._end(request, spec.end_reason_at_max)
+        token_id = sample.token_id
+        request.tokens.append(token_id)
+        token = Token(request.spec.request_id, token_id, now, sample.logprob, sample.top)
+        self._events[request.owner].append(token)
+        if token_id in request.ending_ids:
+            reason: EndReason = "stop" if token_id in request.spec.stop_ids else "eos"
+            self._end(request, reason, stop_id=token_id)
+        elif len(request.tokens) == request.max_length:
+            self._end(request, request.spec.end_reason_at_max)
 
     def _end(self, request: Request, reason: EndReason, stop_id: int | None = None) -> None:
-        spec = request.spec
-        del self._live[spec.request_id]
-        (self.running if request.blocks else self.waiting).remove(request)
-        self._release(request)
-        ended = Ended(
-            spec.request_id,
-            reason,
-            prefill_path=request.path("prefill"),
-            decode_path=request.path("decode"),
-            prefill_backend=request.backend("prefill"),
-            decode_backend=request.backend("decode"),
-            stop_id=stop_id,
-            preempted_seconds=request.preempted_seconds,
-        )
-        self._events.append((request, ended))
+        del self._live[request.spec.request_id]
+        self._live_by_pin[request.pin] -= 1
+        if request.seat == NO_SEAT:
+            self.waiting.remove(request)
+        else:
+            self._release(request)
+        self._events[request.owner].append(request.end(reason, stop_id))
 
     def _release(self, request: Request) -> None:
+        """Take seat and blocks back; what is on its way to the device for them comes before what follows."""
+        self.running.discard(request)
+        self._prefilling.discard(request)
+        self._free_seats.append(request.seat)
         self.pool.free(request.blocks)
-        request.blocks = []
+        request.seat, request.blocks, request.decoding = NO_SEAT, [], False

@@ -65,7 +65,8 @@ class Answer:
         self._options = options
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, options.stop, options.include_stop, request.min_tokens)
-        self._ending_ids = frozenset((*request.eos_ids, *request.stop_ids))
+        ending_ids = () if options.include_stop else (*request.eos_ids, *request.stop_ids)
+        self._silent_ids = frozenset(ending_ids)
         self._started = False
         self._scheduled: Scheduled | None = None
         self._first_token_time = 0.0
@@ -89,22 +90,26 @@ class Answer:
         assert self.ended is not None
         return "stop" if self.has_stopped else self.ended.reason
 
-    def take(self, events: Iterable[RequestEvent]) -> Iterator[pb.StreamGenerateResponse]:
-        """Take in what has happened and yield what the client may see of it, all but the Finished."""
-        delta = pb.Delta()
+    def take(self, events: Iterable[RequestEvent]) -> list[pb.StreamGenerateResponse]:
+        """Take in what has happened and return what the client may see of it, all but the Finished."""
+        responses: list[pb.StreamGenerateResponse] = []
+        response = pb.StreamGenerateResponse()
+        delta, text = response.delta, ""
         for event in events:
-            match event:
-                case Scheduled():
-                    self._scheduled = event
-                    yield from self._start()
-                case Token():
-                    self._add_token(event, delta)
-                case Ended():
-                    self.ended = event
-                    yield from self._start()
-                    delta.text += self._detokenizer.finish()
-        if delta.text or delta.token_ids or delta.logprobs:
-            yield pb.StreamGenerateResponse(delta=delta)
+            if type(event) is Token:  # by far the most, so it comes first and without a match
+                text += self._add_token(event, delta)
+            elif type(event) is Scheduled:
+                self._scheduled = event
+                responses += self._start()
+            elif type(event) is Ended:
+                self.ended = event
+                responses += self._start()
+                text += self._detokenizer.finish()
+        if text:
+            delta.text = text
+        if response.HasField("delta"):
+            responses.append(response)
+        return responses
 
     def _start(self) -> Iterator[pb.StreamGenerateResponse]:
         """Every stream begins with Started, also if it ends before it was scheduled."""
@@ -121,20 +126,25 @@ class Answer:
         if self._options.echo:
             yield pb.StreamGenerateResponse(delta=pb.Delta(text=self._options.echo))
 
-    def _add_token(self, token: Token, delta: pb.Delta) -> None:
-        """Add a token to what is new, unless the answer has ended before it."""
-        if self.has_stopped:
-            return
+    def _add_token(self, token: Token, delta: pb.Delta) -> str:
+        """Count a token, unless the answer has ended before it, and return the text it completes.
+
+        What else the client wants to know of it goes into the delta.
+        """
+        if self._detokenizer.matched is not None:
+            return ""
         if self.completion_tokens == 0:
             self._first_token_time = token.time
         self._last_token_time = token.time
         self.completion_tokens += 1
-        if self._options.include_stop or token.token_id not in self._ending_ids:
-            delta.text += self._detokenizer.push(token.token_id)
+        token_id = token.token_id
         if self._options.token_ids:
-            delta.token_ids.append(token.token_id)
+            delta.token_ids.append(token_id)
         if token.logprob is not None:
             delta.logprobs.append(self._logprob(token, token.logprob))
+        if token_id in self._silent_ids:
+            return ""
+        return self._detokenizer.push(token_id)
 
     def _logprob(self, token: Token, logprob: float) -> pb.TokenLogprob:
         token_bytes = self._tokenizer.token_bytes

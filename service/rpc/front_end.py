@@ -26,8 +26,9 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 SERVICE_NAMES = [service.full_name for service in (GENERATION, MODEL, ADMIN)]
 """What the health service answers for, on both ports."""
 
+FLUSH_SECONDS = 2.0
+"""What calls get to send their last messages, once every generation has ended."""
 CHANNEL_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail
     ("grpc.max_send_message_length", -1),  # an answer is as long as it is
     ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -41,13 +42,24 @@ class ListenError(RuntimeError):
 
 
 class FrontEnd:
-    """Serves the public and the admin port. Both are bound as the options say; 0 picks a free port."""
+    """Serves the public and the admin port. Both are bound as the options say; 0 picks a free port.
 
-    def __init__(self, config: ServeConfig, serving: Serving) -> None:
+    Args:
+        config: the server's options.
+        serving: what the RPCs share.
+        with_public: whether to serve the public port.
+        with_admin: whether to serve the admin port.
+    """
+
+    def __init__(
+        self, config: ServeConfig, serving: Serving, with_public: bool = True, with_admin: bool = True
+    ) -> None:
         self.port = config.port
         self.admin_port = config.admin_port
         self._config = config
         self._serving = serving
+        self._with_public = with_public
+        self._with_admin = with_admin
         self._servers: list[grpc.aio.Server] = []
 
     async def start(self) -> None:
@@ -58,12 +70,15 @@ class FrontEnd:
             CredentialError: if a token file or a TLS file cannot be used.
         """
         config, serving = self._config, self._serving
-        public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
-        self.port = await self._listen(config.host, config.port, config.auth_token_file, public)
-        admin = {ADMIN: AdminService(serving)}
-        self.admin_port = await self._listen(
-            config.admin_host, config.admin_port, config.admin_token_file, admin
-        )
+        if self._with_public:
+            public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
+            shared = config.frontends > 1
+            self.port = await self._listen(config.host, config.port, config.auth_token_file, public, shared)
+        if self._with_admin:
+            admin = {ADMIN: AdminService(serving)}
+            self.admin_port = await self._listen(
+                config.admin_host, config.admin_port, config.admin_token_file, admin
+            )
 
     async def stop(self, grace_seconds: float) -> None:
         """Stop listening; calls that still run after the grace are cancelled."""
@@ -72,8 +87,14 @@ class FrontEnd:
         self._servers.clear()
 
     async def _listen(
-        self, host: str, port: int, token_file: str, services: Mapping[ServiceDescriptor, object]
+        self,
+        host: str,
+        port: int,
+        token_file: str,
+        services: Mapping[ServiceDescriptor, object],
+        shared: bool = False,
     ) -> int:
+        """Serve some services on a port; unless it is shared, a second server on it must fail."""
         gate = Gate(BearerTokens.load(token_file) if token_file else None)
         described = reflection.Reflection([*services, HEALTH])
         handlers = [
@@ -87,7 +108,11 @@ class FrontEnd:
         handlers.append(
             generic_handler(reflection.SERVICE, described, gate, self._serving.metrics.rpc, reflection.V1)
         )
-        options = (*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", self._config.max_request_bytes))
+        options = (
+            *CHANNEL_OPTIONS,
+            ("grpc.so_reuseport", int(shared)),
+            ("grpc.max_receive_message_length", self._config.max_request_bytes),
+        )
         server = grpc.aio.server(handlers=handlers, options=options)
         bound = self._bind(server, f"[{host}]:{port}" if ":" in host.strip("[]") else f"{host}:{port}")
         await server.start()

@@ -19,6 +19,7 @@ from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
 from fusewire.service.rpc.serving import LiveRequest, Serving
+from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -67,10 +68,14 @@ class GenerationService:
             try:
                 await call.send_request_id(live.request_id)
                 reason = "error"
-                stop_sent = False
+                waits, stop_sent = True, False
                 while answer.ended is None:
-                    responses = list(answer.take(await events.take()))
-                    self._follow(answer, live)
+                    responses = answer.take(await events.take())
+                    if waits and answer.is_scheduled:
+                        serving.note_scheduled(live, len(answer.request.prompt_ids))
+                        waits = False
+                    if answer.ended is not None:
+                        serving.note_ended(live)
                     if answer.has_stopped and not stop_sent:
                         engine.finish(live.request_id, "stop")
                         stop_sent = True
@@ -94,7 +99,7 @@ class GenerationService:
         ready, tokenizer = serving.ready, serving.tokenizer
         serving.require_model(request.model)
         validation.check_request(request, ready)
-        prompt_ids = await asyncio.to_thread(validation.encode_prompt, request, tokenizer)
+        prompt_ids = await _encode_prompt(request, tokenizer)
         echo = ""
         if request.response.echo_prompt:
             echo = await asyncio.to_thread(validation.prompt_text, request, tokenizer)
@@ -109,13 +114,6 @@ class GenerationService:
         )
         return Answer(add, options, tokenizer)
 
-    def _follow(self, answer: Answer, live: LiveRequest) -> None:
-        """Tell the admission how far the request has come."""
-        if answer.is_scheduled:
-            self._serving.note_scheduled(live, len(answer.request.prompt_ids))
-        if answer.ended is not None:
-            self._serving.note_ended(live)
-
     def Compare(self, request: pb.CompareRequest, call: Call) -> AsyncGenerator[pb.CompareResponse]:  # noqa: N802
         """Refuse: comparing is not part of this release."""
         raise StatusError(grpc.StatusCode.UNIMPLEMENTED, "Compare is not part of this release")
@@ -124,7 +122,7 @@ class GenerationService:
         self, request: pb.CancelGenerationRequest, call: Call
     ) -> pb.CancelGenerationResponse:
         """Let one of the caller's generations end as cancelled."""
-        self._serving.cancel(request.request_id, call.caller)
+        await self._serving.cancel(request.request_id, call.caller)
         return pb.CancelGenerationResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:  # noqa: N802
@@ -157,6 +155,13 @@ class GenerationService:
         context_length = self._serving.ready.model.context_length
         token_ids = await asyncio.to_thread(validation.encode_prompt, request, self._serving.tokenizer)
         return pb.CountTokensResponse(prompt_tokens=len(token_ids), context_length=context_length)
+
+
+async def _encode_prompt(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+    """Tokenize off the event loop; what is tokens already need not go there."""
+    if request.HasField("token_ids"):
+        return validation.encode_prompt(request, tokenizer)
+    return await asyncio.to_thread(validation.encode_prompt, request, tokenizer)
 
 
 def _require_good_end(reason: EndReason, call: Call) -> None:

@@ -34,13 +34,12 @@ class ModelService:
         serving = self._serving
         info = pb.GetServerInfoResponse(
             version=version("fusewire"),
-            max_running_requests=serving.config.max_running,
             max_waiting_requests=serving.config.max_waiting,
-            max_step_tokens=serving.config.max_step_tokens,
             kv_block_size=serving.config.block_size,
             uptime_seconds=time.monotonic() - serving.started,
         )
         if (ready := serving.engine.ready) is not None:
+            info.max_running_requests, info.max_step_tokens = ready.max_running, ready.max_step_tokens
             info.device, info.attention_backend = ready.device, ready.attention_backend
             info.kv_blocks = ready.kv_blocks
             info.kernel_backends.extend(

@@ -6,6 +6,7 @@ generation's content.
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import ServeConfig
 from fusewire.service.engine_client import EngineClient
 from fusewire.service.messages import EngineReady, KernelModeReply, StepReport
-from fusewire.service.metrics import Metrics
+from fusewire.service.metrics import Metrics, RequestMetrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
 from fusewire.service.rpc.validation import quote
@@ -64,6 +65,7 @@ class Serving:
         services: the names that the health service answers for.
         on_engine: called with the engine's description when it becomes usable and None when it goes.
         on_switch: called with the kernel mode and its generation whenever one is chosen.
+        metrics: where to count; unset for a server of one process, which makes all metrics.
     """
 
     def __init__(
@@ -74,17 +76,19 @@ class Serving:
         services: Iterable[str],
         on_engine: Callable[[EngineReady | None], None] = lambda ready: None,
         on_switch: Callable[[KernelMode, int], None] = lambda mode, generation: None,
+        metrics: RequestMetrics | None = None,
     ) -> None:
         self.config = config
         self.model_name = model_name
         self.engine = EngineClient(socket_path, self._take_report, self._take_state)
         self.health = Health(services)
-        self.metrics = Metrics(model_name, self._oldest_waiting)
+        self.metrics = metrics or Metrics(model_name, self.oldest_waiting)
         self.load = Load()
         self.draining = False
         self.started = time.monotonic()
         self._on_engine = on_engine
         self._tokenizer: Tokenizer | None = None
+        self._is_loaded = False
         self._on_switch = on_switch
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
@@ -110,16 +114,26 @@ class Serving:
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Take in the tokenizer, once it is loaded."""
         self._tokenizer = tokenizer
-        self._show_health()
+        self.note_loaded()
+
+    def note_loaded(self) -> None:
+        """Take in that what is needed beside the engine is there."""
+        self._is_loaded = True
+        self.show_health()
 
     def require_model(self, name: str) -> None:
         """Raise INVALID_ARGUMENT unless a request's `model` is empty or the one served."""
         if name not in ("", self.model_name):
             raise invalid_argument("model", f"{quote(name)} is not served here; {self.model_name!r} is")
 
-    def _show_health(self) -> None:
-        ready = self.engine.ready is not None and self._tokenizer is not None
-        self.health.set_serving(ready and not self.draining)
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be generated."""
+        return self.engine.ready is not None and self._is_loaded
+
+    def show_health(self) -> None:
+        """Let the health service say what holds now."""
+        self.health.set_serving(self.is_ready and not self.draining)
 
     # ---- requests come and go ----
 
@@ -145,13 +159,17 @@ class Serving:
             raise unavailable("the server is draining")
         if self.engine.ready is None:
             self.metrics.observe_rejected("engine_unavailable")
-        if len(self._waiting) >= self.config.max_waiting + self._free_places(self.ready.max_running):
+        if len(self._waiting) >= self._share(self.config.max_waiting) + self._free_places():
             self.metrics.observe_rejected("queue_full")
             raise resource_exhausted(f"{len(self._waiting)} requests wait already")
 
-    def _free_places(self, max_running: int) -> int:
+    def _free_places(self) -> int:
         """How many of those that wait will run at the next step; none if the last step left some."""
-        return 0 if self.load.waiting else max(max_running - len(self._running), 0)
+        return 0 if self.load.waiting else max(self._share(self.ready.max_running) - len(self._running), 0)
+
+    def _share(self, limit: int) -> int:
+        """This front end's part of a limit of the whole server."""
+        return math.ceil(limit / self.config.frontends)
 
     @property
     def live(self) -> int:
@@ -176,14 +194,21 @@ class Serving:
         arrivals = [request.arrival for request in (*self._waiting.values(), *self._running.values())]
         return time.monotonic() - max(self._heard, min(arrivals)) if arrivals else 0.0
 
-    def cancel(self, request_id: str, caller: str) -> None:
-        """End a request of this caller; raises NOT_FOUND if it has none of that id."""
-        request = self._waiting.get(request_id) or self._running.get(request_id)
-        if request is None or request.caller != caller:
-            raise StatusError(grpc.StatusCode.NOT_FOUND, "request_id: no such request is running")
-        self.engine.finish(request_id, "cancelled")
+    async def cancel(self, request_id: str, caller: str) -> None:
+        """End a request of this caller, through whichever front end it came.
 
-    def _oldest_waiting(self) -> float | None:
+        Raises:
+            StatusError: NOT_FOUND if the caller has none of that id.
+            EngineUnavailable: if the engine had to be asked and is not there.
+        """
+        request = self._waiting.get(request_id) or self._running.get(request_id)
+        if request is not None and request.caller == caller:
+            self.engine.finish(request_id, "cancelled")
+        elif self.config.frontends == 1 or not await self.engine.cancel(request_id, caller):
+            raise StatusError(grpc.StatusCode.NOT_FOUND, "request_id: no such request is running")
+
+    def oldest_waiting(self) -> float | None:
+        """When the request that waits longest arrived; None if none waits. Safe from any thread."""
         return min((request.arrival for request in list(self._waiting.values())), default=None)
 
     # ---- what the engine says ----
@@ -196,7 +221,7 @@ class Serving:
     def _take_state(self, ready: EngineReady | None) -> None:
         self.load = Load()
         self.metrics.observe_engine(ready)
-        self._show_health()
+        self.show_health()
         self._on_engine(ready)
 
     # ---- the kernel mode ----
@@ -217,8 +242,7 @@ class Serving:
 
     async def drain(self, seconds: float) -> DrainResult:
         """Refuse new requests and wait for the running ones; end those that take longer than that."""
-        self.draining = True
-        self._show_health()
+        self.begin_drain()
         before = self.live
         await self._wait_until_idle(seconds)
         left = self.live
@@ -227,6 +251,11 @@ class Serving:
             self.engine.end_all("time_limit")
             await self._wait_until_idle(END_SECONDS)
         return DrainResult(finished=before - left, ended=left)
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on."""
+        self.draining = True
+        self.show_health()
 
     async def _wait_until_idle(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -192,12 +192,15 @@ def add_request(
         max_tokens=max_tokens,
         end_reason_at_max=end_reason_at_max,
         arrival=call.arrival,
+        caller=call.caller,
         eos_ids=[] if stopping.ignore_eos else ready.model.eos_ids,
         stop_ids=list(stopping.stop_token_ids),
         min_tokens=stopping.min_tokens,
         kernel_mode=kernel_mode(request.kernel_mode, "kernel_mode", ready),
         priority=request.priority,
         deadline=_deadline(stopping, call),
+        cache_salt=request.cache.salt,
+        cache_disabled=request.cache.disabled,
     )
 
 

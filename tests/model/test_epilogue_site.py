@@ -40,6 +40,7 @@ def make_site(case: Case, *, deterministic: bool = False) -> QKNorm:
     )
     kind = {"dtype": case.qkv.dtype, "device": case.qkv.device}
     site = QKNorm(config, case.rope_table, **kind, deterministic=deterministic)
+    site.norm.weight.fill_(1.0)
     generator = torch.Generator(case.qkv.device).manual_seed(1)
     site.qkv.weight.normal_(std=WIDTH**-0.5, generator=generator)
     site.q_weight.copy_(case.q_weight)
@@ -57,12 +58,13 @@ def run(site: QKNorm, hidden: torch.Tensor, case: Case, mode: KernelMode = Kerne
 @pytest.mark.gpu
 @ON_HOPPER
 @torch.inference_mode()
-@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 1024, 1500])
+@pytest.mark.parametrize("tokens", [1, 33, 1024, 1500])
 def test_the_step_is_as_exact_as_the_product_and_one_launch(tokens):
     case = make_case(SHAPE, tokens, torch.bfloat16, device="cuda", dropped=() if tokens == 1 else (0,))
     site = make_site(case)
     hidden = torch.randn(tokens, WIDTH, device="cuda").bfloat16()
-    exact_qkv = F.linear(hidden.double(), site.qkv.weight.double())
+    normed = F.rms_norm(hidden, (WIDTH,), site.norm.weight, site.norm.eps)
+    exact_qkv = F.linear(normed.double(), site.qkv.weight.double())
     want = expected(Case(**vars(case) | {"qkv": exact_qkv}))
     q, k, v = run(site, hidden, case)
     chain = run(site, hidden, case, KernelMode.UNFUSED)
@@ -76,21 +78,21 @@ def test_the_step_is_as_exact_as_the_product_and_one_launch(tokens):
 def test_its_name_is_told_where_it_runs_and_nowhere_else():
     case = make_case(SHAPE, 40, torch.bfloat16, device="cuda")
     site, fixed = make_site(case), make_site(case, deterministic=True)
-    names = [site.backend(KernelMode.FUSED, tokens) for tokens in (1, 32, 33, 1023, 1024)]
-    assert names == [EPILOGUE_BACKEND, EPILOGUE_BACKEND, "triton-cuda", "triton-cuda", EPILOGUE_BACKEND]
+    names = [site.backend(KernelMode.FUSED, tokens) for tokens in (1, 1023, 1024, 4096, 4097)]
+    assert names == ["triton-cuda", "triton-cuda", EPILOGUE_BACKEND, EPILOGUE_BACKEND, "triton-cuda"]
     assert site.backend(KernelMode.UNFUSED, 1) == "torch-cuda"
-    assert fixed.backend(KernelMode.FUSED, 1) == "triton-cuda"
+    assert fixed.backend(KernelMode.FUSED, 1024) == "triton-cuda"
 
 
 @pytest.mark.gpu
 @ON_HOPPER
 @torch.inference_mode()
-def test_a_token_has_the_same_bits_in_every_range():
+def test_a_token_has_the_same_bits_at_every_size_of_a_range():
     most = make_case(SHAPE, 1500, torch.bfloat16, device="cuda")
     site = make_site(most)
     hidden = torch.randn(1500, WIDTH, device="cuda").bfloat16()
     together = run(site, hidden, most)[0]
-    for tokens in (1, 16, 17, 32):
+    for tokens in (1024, 1100):
         few = Case(
             **vars(most) | {name: getattr(most, name)[:tokens] for name in ("qkv", "positions", "slots")}
         )

@@ -83,10 +83,10 @@ def test_a_planted_error_shows_in_its_mode_only(
     pieces = SCHEDULES[schedule]
     before = {mode: feed(Driver(checkpoint.folder), tokens, pieces, mode) for mode in KernelMode}
 
-    def scaled_weight(*args: torch.Tensor) -> torch.Tensor:
+    def scaled_weight(*args: torch.Tensor, overlap: bool) -> torch.Tensor:
         wrong = list(args)
         wrong[weight] = args[weight] * 1.01
-        return PATHS[broken](*wrong)  # type: ignore[arg-type]
+        return PATHS[broken](*wrong, overlap=overlap)  # type: ignore[arg-type]
 
     monkeypatch.setattr(layers, "PATHS", PATHS | {broken: scaled_weight})
     for mode in KernelMode:

@@ -8,7 +8,7 @@ import torch
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model import runner as runner_module
-from fusewire.model.batch import Row, Sampled, SampleSpec
+from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.model.config import ModelError
 from fusewire.model.kv_cache import blocks_in_gpu_memory
 from fusewire.model.runner import ModelRunner, RunnerOptions
@@ -24,28 +24,39 @@ def make_runner(folder: Path, **options: object) -> ModelRunner:
     return ModelRunner(RunnerOptions(path=folder, **options))  # type: ignore[arg-type]
 
 
+def seatings(runner: ModelRunner, prompts: list[list[int]], params: SamplingParams) -> list[Seating]:
+    """Seat the prompts side by side, each with an equal share of the blocks."""
+    share = min(runner.num_blocks // len(prompts), -(-runner.context_length // BLOCK_SIZE))
+    return [
+        Seating(seat, prompt, len(prompt), range(seat * share, (seat + 1) * share), params)
+        for seat, prompt in enumerate(prompts)
+    ]
+
+
 def generate(
     runner: ModelRunner, prompts: list[list[int]], count: int, mode: KernelMode, params: SamplingParams
 ) -> list[list[int]]:
-    """Generate `count` tokens for all prompts at once: their prefill together, then decode together."""
-    per_sequence = runner.num_blocks // len(prompts)
-    tables = [range(n * per_sequence, (n + 1) * per_sequence) for n in range(len(prompts))]
+    """Generate `count` tokens for all prompts at once: their prefill together, then decode together.
+
+    Every step is launched before the one ahead of it is collected, as the engine does.
+    """
+    rows = [Row(seat, 0, len(prompt), samples=True) for seat, prompt in enumerate(prompts)]
+    launched = [runner.launch(Step(mode, rows, seatings(runner, prompts, params)))]
     outputs: list[list[int]] = [[] for _ in prompts]
-    pieces = list(prompts)
-    starts = [0] * len(prompts)
-    for _ in range(count):
-        rows = [
-            Row(piece, start, table, SampleSpec(params, prompt, output))
-            for piece, start, table, prompt, output in zip(
-                pieces, starts, tables, prompts, outputs, strict=True
-            )
-        ]
-        starts = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
-        for output, sampled in zip(outputs, runner.run(rows, mode), strict=True):
+    for number in range(count):
+        if number + 1 < count:
+            rows = [Row(seat, len(prompt) + number, 1, samples=True) for seat, prompt in enumerate(prompts)]
+            launched.append(runner.launch(Step(mode, rows)))
+        for output, sampled in zip(outputs, runner.collect(launched.pop(0)), strict=True):
             assert sampled is not None
             output.append(sampled.token_id)
-        pieces = [output[-1:] for output in outputs]
     return outputs
+
+
+def one_row(tokens: list[int], *, params: SamplingParams | None = None, block: int = 0) -> Step:
+    """A step of one whole prompt, in blocks from a given one on."""
+    seating = Seating(0, tokens, len(tokens), range(block, block + 8), params or SamplingParams())
+    return Step(KernelMode.FUSED, [Row(0, 0, len(tokens), samples=True)], [seating])
 
 
 @pytest.mark.parametrize("mode", KernelMode)
@@ -83,16 +94,35 @@ def test_sampled_tokens_do_not_depend_on_the_batch(checkpoint: Checkpoint) -> No
 
 def test_rows_that_sample_nothing_answer_none(checkpoint: Checkpoint) -> None:
     runner = make_runner(checkpoint.folder)
-    wanted = SampleSpec(SamplingParams(logprobs=2), [1], [])
-    rows = [Row([1, 2], 0, [0], None), Row([1], 0, [1], wanted), Row([5, 6, 7], 0, [2], None)]
-    first, second, third = runner.run(rows, KernelMode.UNFUSED)
+    prompts = [[1, 2], [1], [5, 6, 7]]
+    rows = [Row(seat, 0, len(prompt), samples=seat == 1) for seat, prompt in enumerate(prompts)]
+    seated = seatings(runner, prompts, SamplingParams(logprobs=2))
+    first, second, third = runner.run(Step(KernelMode.UNFUSED, rows, seated))
     assert (first, third) == (None, None)
     assert isinstance(second, Sampled)
     expected = checkpoint.logits([1])[-1].log_softmax(-1)
     assert second.token_id == expected.argmax().item()
     assert second.logprob == pytest.approx(expected.max().item(), abs=1e-5)
     assert len(second.top) == 2
-    assert runner.run(rows[:1], KernelMode.UNFUSED) == [None]
+    assert runner.run(Step(KernelMode.UNFUSED, rows[:1], seated[:1])) == [None]
+
+
+def test_a_block_that_a_row_is_the_first_to_use_enters_the_table(checkpoint: Checkpoint) -> None:
+    """A sequence grown block by block reads what one with all its blocks from the start reads."""
+    runner, grown = make_runner(checkpoint.folder), make_runner(checkpoint.folder)
+    prompt = list(range(10, 10 + BLOCK_SIZE - 1))
+    expected = generate(runner, [prompt], 2 * BLOCK_SIZE, KernelMode.FUSED, SamplingParams())[0]
+    blocks = [7, 3, 9, 1]
+    seating = Seating(2, prompt, len(prompt), blocks[:1], SamplingParams())
+    sampled = grown.run(Step(KernelMode.FUSED, [Row(2, 0, len(prompt), samples=True)], [seating]))
+    output = []
+    for position in range(len(prompt), len(prompt) + 2 * BLOCK_SIZE):
+        assert sampled[0] is not None
+        output.append(sampled[0].token_id)
+        block = blocks[position // BLOCK_SIZE] if position % BLOCK_SIZE == 0 else -1
+        row = Row(2, position, 1, samples=True, new_block=block)
+        sampled = grown.run(Step(KernelMode.FUSED, [row]))
+    assert output == expected
 
 
 def test_the_runner_describes_itself(checkpoint: Checkpoint) -> None:
@@ -127,7 +157,8 @@ def test_the_default_cache_stays_within_the_memory(
 def test_the_shortest_context_works(checkpoint: Checkpoint) -> None:
     runner = make_runner(checkpoint.folder, max_context=1)
     runner.warm_up(list(KernelMode))
-    sampled = runner.run([Row([7], 0, [3], SampleSpec(SamplingParams(), [7], []))], KernelMode.FUSED)[0]
+    seating = Seating(0, [7], 1, [3], SamplingParams())
+    sampled = runner.run(Step(KernelMode.FUSED, [Row(0, 0, 1, samples=True)], [seating]))[0]
     assert sampled == Sampled(checkpoint.logits([7])[-1].argmax().item())
 
 
@@ -136,8 +167,7 @@ def test_half_precision_runs_on_a_cpu(checkpoint: Checkpoint, dtype: str) -> Non
     runner = make_runner(checkpoint.folder, dtype=dtype)
     runner.warm_up(list(KernelMode))
     assert runner.dtype_name == dtype
-    sample = SampleSpec(SamplingParams(), [], [])
-    logits = runner.logits([Row(range(10, 40), 0, range(4), sample)], KernelMode.FUSED)
+    logits = runner.logits(one_row(list(range(10, 40))))
     error = (logits[0] - checkpoint.logits(range(10, 40))[-1]).abs().max().item()
     print(f"max |Δlogit| {dtype}: {error:.1e}")
     assert error < 0.2
@@ -197,15 +227,15 @@ def test_cuda_agrees_with_the_reference(checkpoint: Checkpoint, mode: KernelMode
     prompts = [[1, 2, 3], list(range(20, 37)), [50]]
     tokens = generate(runner, prompts, 24, mode, SamplingParams())
     assert tokens == generate(make_runner(checkpoint.folder), prompts, 24, mode, SamplingParams())
-    sample = SampleSpec(SamplingParams(), [], [])
     expected = checkpoint.logits(range(10, 40))[-1]
+    seating = Seating(0, range(10, 40), 30, range(4), SamplingParams())
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.2)):
         runner = make_runner(checkpoint.folder, device="cuda", dtype=dtype, max_running=8)
         for pieces in ([30], [*[1] * 30], [3, 11, 1, 15]):
             start = 0
             for count in pieces:
-                piece = range(10 + start, 10 + start + count)
-                logits = runner.logits([Row(piece, start, range(4), sample)], mode)
+                row = Row(0, start, count, samples=True)
+                logits = runner.logits(Step(mode, [row], [seating]))
                 start += count
             assert (logits[0].float().cpu() - expected).abs().max() <= tolerance
 
@@ -215,8 +245,9 @@ def test_random_checkpoints_load_and_keep_their_scale(tmp_path: Path) -> None:
     for name, shard_bytes in (("one", 1 << 30), ("many", 200_000)):
         write_checkpoint(shape, tmp_path / name, shard_bytes=shard_bytes)
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
-    rows = [Row(range(200), 0, range(25), SampleSpec(SamplingParams(), [], []))]
-    one, many = (make_runner(tmp_path / name).logits(rows, KernelMode.FUSED) for name in ("one", "many"))
+    seating = Seating(0, range(200), 200, range(25), SamplingParams())
+    step = Step(KernelMode.FUSED, [Row(0, 0, 200, samples=True)], [seating])
+    one, many = (make_runner(tmp_path / name).logits(step) for name in ("one", "many"))
     assert torch.equal(one, many)
     assert 0.5 < one.std() < 2
 

@@ -33,6 +33,8 @@ COMMANDS = [
     "drain",
     "bench",
     "bench kernels",
+    "bench engine",
+    "bench serve",
 ]
 TEXT = "Hello, wörld 🌍"
 PROCESS_SECONDS = 60
@@ -97,7 +99,8 @@ def test_help_lists_the_commands_of_this_release_and_no_other(fusewire) -> None:
 def test_help_of_serve_tells_every_option_with_its_default_and_variable(fusewire) -> None:
     out = " ".join(fusewire("serve", "--help").out.split())
     assert (
-        "--max-running RUNNING most requests that run at once (default 64, env FUSEWIRE_MAX_RUNNING)" in out
+        "--max-running RUNNING most requests that run at once; unset is 256 on cuda, 64 on cpu "
+        "(default unset, env FUSEWIRE_MAX_RUNNING)" in out
     )
     assert "--kernel-mode {unfused,fused_norm,fused}" in out
     assert "--no-insecure" in out

@@ -88,6 +88,7 @@ def test_a_bad_value_is_named_the_way_it_was_given(
         ({"kernel_modes": ""}, "kernel-modes"),
         ({"kernel_modes": []}, "kernel_modes"),
         ({"kernel_modes": "fused", "kernel_mode": "unfused"}, "kernel_mode"),
+        ({"max_step_growth": "1"}, "max_step_growth"),
         ({"tls_cert": "c"}, "tls_key"),
         ({"tls_client_ca": "c"}, "tls_client_ca"),
         ({"max_running": "64", "max_step_tokens": "63"}, "max_step_tokens"),
@@ -122,13 +123,14 @@ def test_every_field_is_described() -> None:
     options = serve_options()
     assert [option.name for option in options] == list(ServeConfig.__struct_fields__)
     assert all(option.description for option in options)
-    assert {option.name for option in options if option.is_switch} == {"insecure", "deterministic"}
+    switches = {option.name for option in options if option.is_switch}
+    assert switches == {"insecure", "deterministic", "prefix_cache"}
     assert {option.name for option in options if option.is_list} == {"kernel_modes"}
 
 
 def test_every_default_can_be_given_as_it_is_shown() -> None:
     shown = {option.name: option.default for option in serve_options() if option.default != "unset"}
-    shown |= {"insecure": "false", "deterministic": "false"}
+    shown |= {"insecure": "false", "deterministic": "false", "prefix_cache": "true"}
     assert load_config(shown, {}) == ServeConfig()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.batch import Row, Sampled
+from fusewire.model.batch import Sampled, Step
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
@@ -38,16 +38,22 @@ class CountingRunner:
 
     def __init__(self) -> None:
         self.modes: list[KernelMode] = []
+        self.prompt_lens: dict[int, int] = {}
         self.gate = threading.Event()
         self.gate.set()
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
 
-    def run(self, rows: list[Row], mode: KernelMode) -> list[Sampled | None]:
+    def launch(self, step: Step) -> list[Sampled | None]:
+        self.modes.append(step.mode)
+        self.prompt_lens |= {seating.seat: seating.prompt_len for seating in step.seatings}
+        ends = [(row, row.start + row.count - self.prompt_lens[row.seat]) for row in step.rows]
+        return [Sampled(position + 1) if row.samples else None for row, position in ends]
+
+    def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
         assert self.gate.wait(10)
-        self.modes.append(mode)
-        return [Sampled(len(row.sample.output_ids) + 1) if row.sample else None for row in rows]
+        return launched
 
 
 class LocalEngine:
@@ -58,7 +64,7 @@ class LocalEngine:
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-        ready = EngineReady(MODEL, "fake", "fake", modes, KernelMode.FUSED, 1, 64, 4, 8)
+        ready = EngineReady(MODEL, "fake", "fake", modes, KernelMode.FUSED, 1, 64, 4, 8, 64)
         self.engine = Engine(self.runner, Scheduler(self.pool, 8, 16, KernelMode.FUSED), ready, self.inbox)
         self.channel = Channel(path, self.inbox)
         self.thread = threading.Thread(target=self.engine.serve)
@@ -151,6 +157,29 @@ def test_finishing_from_outside_frees_the_blocks(engine: LocalEngine, tmp_path: 
         assert ended.reason == "cancelled"
         assert engine.pool.num_free == 64
         client.finish("a", "cancelled")
+
+    with_client(tmp_path, body)
+
+
+def test_a_request_is_cancelled_over_another_connection_by_its_caller_alone(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
+    async def body(client: EngineClient) -> None:
+        other = EngineClient(tmp_path / "engine.sock")
+        await other.start()
+        await until(lambda: other.ready)
+        engine.runner.gate.clear()
+        events = client.submit(request("a", max_tokens=40, caller="alice"))
+        await until(lambda: engine.pool.num_free < 64)
+        asked = [other.cancel("a", "bob"), other.cancel("b", "alice"), other.cancel("a", "alice")]
+        answers = asyncio.gather(*asked)
+        await asyncio.sleep(0.05)  # all are on their way before the step may end
+        engine.runner.gate.set()
+        assert await answers == [False, False, True]
+        await other.stop()
+        ended = (await drain(events))[-1]
+        assert isinstance(ended, Ended)
+        assert ended.reason == "cancelled"
 
     with_client(tmp_path, body)
 

@@ -1,15 +1,19 @@
 """The exposition as Prometheus reads it: names, labels, and values after what was observed."""
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.messages import Ended, EndReason, Phase, RequestEvent, Scheduled, StepReport, Token
-from fusewire.service.metrics import CODES, Metrics, RequestAccount
+from fusewire.service.metrics import CODES, Metrics, RequestAccount, Scrape
 from tests.tools.front_end_rig import describe
 
 REQUEST_HISTOGRAMS = [
@@ -26,6 +30,8 @@ PATHS = {"unfused", "fused_norm", "fused", "mixed"}
 PLAIN = {
     "prompt_tokens": "counter",
     "generation_tokens": "counter",
+    "prefix_cache_query_tokens": "counter",
+    "prefix_cache_hit_tokens": "counter",
     "preemptions": "counter",
     "engine_restarts": "counter",
     "kernel_mode_switches": "counter",
@@ -154,6 +160,14 @@ def test_gaps_between_tokens_are_those_of_each_request() -> None:
     assert value(metrics, "generation_tokens_total") == 6
 
 
+def test_what_the_prefix_cache_is_asked_and_has_is_counted() -> None:
+    metrics = Metrics("m")
+    scheduled = [Scheduled("a", 0.5, 32, 40), Scheduled("b", 0.5, 0, 10), Scheduled("c", 0.5)]
+    metrics.observe_step(report(list(scheduled)))
+    assert value(metrics, "prefix_cache_query_tokens_total") == 50
+    assert value(metrics, "prefix_cache_hit_tokens_total") == 32
+
+
 def test_a_gap_never_spans_a_restart_of_the_engine() -> None:
     metrics = Metrics("m")
     metrics.observe_step(report([Token("a", 7, 1.0)]))
@@ -221,3 +235,71 @@ def test_the_age_of_the_oldest_waiting_request_grows_between_scrapes() -> None:
     first = value(metrics, "oldest_waiting_request_age_seconds")
     assert first >= 5
     assert value(metrics, "oldest_waiting_request_age_seconds") >= first
+
+
+def test_many_values_at_once_count_like_one_by_one() -> None:
+    gaps = [0.0004, 0.0005, 0.0006, 0.0006, 0.004, 9.0]
+    together, apart = Metrics("m"), Metrics("m")
+    times = [sum(gaps[:count]) for count in range(len(gaps) + 1)]
+    tokens = [Token("a", 7, at) for at in times]
+    together.observe_step(report(list(tokens)))
+    for token in tokens:
+        apart.observe_step(report([token]))
+    name = "fusewire_inter_token_latency_seconds"
+    assert families(together)[name].samples == families(apart)[name].samples
+    buckets = {
+        sample.labels["le"]: sample.value
+        for sample in families(together)[name].samples
+        if sample.name.endswith("_bucket") and sample.labels["kernel_mode"] == "fused"
+    }
+    assert (buckets["0.0005"], buckets["0.001"], buckets["0.005"], buckets["+Inf"]) == (2, 4, 5, 6)
+
+
+WORKER = """
+import sys
+from fusewire.service.metrics import RequestMetrics
+from fusewire.service.messages import StepReport, Token
+from fusewire.kernels.modes import KernelMode
+metrics = RequestMetrics("m")
+metrics.observe_rejected("draining")
+metrics.rpc.method("unary", "s", "m").observe_handled("OK", 0.5)
+events = [Token("a", 7, at) for at in (1.0, 1.25)]
+metrics.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1.0, 0, 2, 1, 1, 0.5, 3, events))
+"""
+
+
+def test_a_scrape_adds_up_what_workers_count_and_nothing_twice(tmp_path: Path) -> None:
+    """Each worker is a process of its own, and is gone when its counts are read."""
+    own = Metrics("m")
+    own.rpc.method("unary", "s", "m").observe_handled("OK", 0.25)
+    own.observe_step(report([], preemptions=2))
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", WORKER], env=environment, check=True)
+    registry = CollectorRegistry()
+    registry.register(Scrape(own.registry, tmp_path))
+    text = generate_latest(registry).decode()
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    assert found.keys() == families(own).keys()
+    assert {name: (family.type, family.documentation) for name, family in found.items()} == {
+        name: (family.type, family.documentation) for name, family in families(own).items()
+    }
+
+    def count(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    assert count("fusewire_generation_tokens_total") == 4
+    assert count("fusewire_requests_rejected_total", reason="draining") == 2
+    assert count("fusewire_requests_rejected_total", reason="queue_full") == 0
+    gaps = {"model_name": "m", "kernel_mode": "fused"}
+    assert count("fusewire_inter_token_latency_seconds_sum", **gaps) == 0.5
+    assert count("fusewire_inter_token_latency_seconds_count", **gaps) == 2
+    assert count("fusewire_inter_token_latency_seconds_bucket", le="0.2", **gaps) == 0
+    assert count("fusewire_inter_token_latency_seconds_bucket", le="+Inf", **gaps) == 2
+    rpc = {"grpc_type": "unary", "grpc_service": "s", "grpc_method": "m"}
+    assert count("grpc_server_handled_total", grpc_code="OK", **rpc) == 3
+    assert count("grpc_server_handling_seconds_sum", **rpc) == 1.25
+    assert count("fusewire_preemptions_total") == 2
+    assert count("fusewire_requests_running") == 2
+    steps = {"phase": "decode", "kernel_mode": "fused"}
+    assert count("fusewire_engine_step_duration_seconds_count", **steps) == 1

@@ -91,6 +91,14 @@ def test_the_bytes_of_the_tokens_join_to_the_text(text: str) -> None:
     assert b"".join(map(ours().token_bytes, ours().encode(text))).decode() == text
 
 
+def test_a_token_has_a_text_of_its_own_unless_it_splits_a_character() -> None:
+    for token_id in range(ours().vocab_size):
+        text = ours().whole_text(token_id)
+        joined = ours().token_bytes(token_id).decode(errors="replace")
+        assert text == joined or (text is None and "\ufffd" in joined)
+    assert ours().whole_text(ours().vocab_size) == ours().whole_text(-1) == ""
+
+
 def test_ids_outside_the_tokenizer_give_no_text() -> None:
     size = ours().vocab_size
     assert ours().decode([size, size + 100, -1]) == ""

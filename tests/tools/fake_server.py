@@ -11,7 +11,14 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fusewire.v1 import admin_pb2, admin_pb2_grpc, generation_pb2_grpc, kernel_pb2
+from fusewire.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2_grpc,
+    kernel_pb2,
+    model_pb2,
+    model_pb2_grpc,
+)
 from fusewire.v1 import generation_pb2 as pb
 
 REQUEST_ID = "0123abcd"
@@ -37,6 +44,7 @@ FINISHED = pb.Finished(
 
 class FakeServer(
     generation_pb2_grpc.GenerationServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
     admin_pb2_grpc.AdminServiceServicer,
     health_pb2_grpc.HealthServicer,
 ):
@@ -57,6 +65,7 @@ class FakeServer(
     def __enter__(self) -> Self:
         self._server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self, self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -84,6 +93,14 @@ class FakeServer(
             pass
         if self.finished is not None:
             yield pb.StreamGenerateResponse(finished=self.finished)
+
+    def GetServerInfo(self, request, context):  # noqa: N802
+        self._note(request, context)
+        return model_pb2.GetServerInfoResponse(version="0", device="fake")
+
+    def GetModel(self, request, context):  # noqa: N802
+        self._note(request, context)
+        return model_pb2.GetModelResponse(model=model_pb2.Model(name="fake", vocab_size=1000))
 
     def GetKernelMode(self, request, context):  # noqa: N802
         self._note(request, context)

@@ -6,7 +6,7 @@ the block pool. Only the tokens are made up, so that a test can say exactly what
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import grpc
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model import demo
-from fusewire.model.batch import Row, Sampled
+from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.service.config import ServeConfig
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
@@ -52,6 +52,7 @@ class ScriptedRunner:
 
     def __init__(self) -> None:
         self.scripts: dict[tuple[int, ...], list[int]] = {}
+        self.seats: dict[int, Seating] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.pause = 0.0
@@ -59,20 +60,25 @@ class ScriptedRunner:
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return BACKENDS[mode]
 
-    def run(self, rows: Sequence[Row], mode: KernelMode) -> list[Sampled | None]:
+    def launch(self, step: Step) -> list[Sampled | None]:
+        self.seats |= {seating.seat: seating for seating in step.seatings}
+        return [self._sample(row) for row in step.rows]
+
+    def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
         assert self.gate.wait(30), "the test never opened the gate"
         threading.Event().wait(self.pause)
-        return [self._sample(row) for row in rows]
+        return launched
 
     def _sample(self, row: Row) -> Sampled | None:
-        if row.sample is None:
+        if not row.samples:
             return None
-        position = len(row.sample.output_ids)
-        script = self.scripts.get(tuple(row.sample.prompt_ids), [])
+        seating = self.seats[row.seat]
+        position = row.start + row.count - seating.prompt_len
+        script = self.scripts.get(tuple(seating.token_ids[: seating.prompt_len]), [])
         token = script[position] if position < len(script) else 1000 + position
-        if not row.sample.params.logprobs:
+        if not seating.params.logprobs:
             return Sampled(token)
-        return Sampled(token, -0.5, tuple((token + i, -0.5 - i) for i in range(row.sample.params.logprobs)))
+        return Sampled(token, -0.5, tuple((token + i, -0.5 - i) for i in range(seating.params.logprobs)))
 
 
 def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
@@ -100,6 +106,7 @@ def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
         kv_blocks=256,
         block_size=4,
         max_running=MAX_RUNNING,
+        max_step_tokens=2048,
     )
 
 

@@ -11,11 +11,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.attention import select_backend
-from fusewire.model.batch import Row
+from fusewire.model.batch import Row, Seating
 from fusewire.model.config import ModelConfig
 from fusewire.model.families.qwen3 import Qwen3
-from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.forward_batch import StepInputs, StepShape
 from fusewire.model.kv_cache import KVCache, blocks_for
+from fusewire.model.sampling_params import SamplingParams
+from fusewire.model.seats import SeatTable
 from fusewire.model.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -96,18 +98,16 @@ def _write_random(config: Qwen3Config, folder: Path, dtype: torch.dtype, shard_s
 class FedSequence:
     """One sequence fed to the model in pieces, its blocks scattered over the cache."""
 
-    def __init__(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(self, seat: int, tokens: Sequence[int]) -> None:
+        self.seat = seat
         self.tokens = list(tokens)
-        self.blocks = list(blocks)
         self.done = 0
 
     def next_row(self, tokens: int) -> Row:
         """The next piece, of this many tokens or what is left."""
-        piece = self.tokens[self.done : self.done + tokens]
-        table = self.blocks[: blocks_for(self.done + len(piece), BLOCK_SIZE)]
-        row = Row(piece, self.done, table, None)
-        self.done += len(piece)
-        return row
+        count = min(tokens, len(self.tokens) - self.done)
+        self.done += count
+        return Row(self.seat, self.done - count, count, samples=False)
 
 
 class Driver:
@@ -115,21 +115,29 @@ class Driver:
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         config = ModelConfig.read(folder)
-        self.model = Qwen3(config, select_backend("auto", CPU), CONTEXT, torch.float32, CPU)
+        attention = select_backend("auto", config, 16, torch.float32, CPU)
+        self.model = Qwen3(config, attention, CONTEXT, torch.float32, CPU)
         load_weights(folder, self.model.checkpoint_views(), self.model.ignored_tensors)
         self.cache = KVCache(config, 256, BLOCK_SIZE, torch.float32, CPU)
+        self.seats = SeatTable(16, CONTEXT, blocks_for(CONTEXT, BLOCK_SIZE), CPU)
+        self.inputs = StepInputs(self.seats, BLOCK_SIZE, 16 * CONTEXT, 16)
         self._free = list(range(256))
+        self._next_seat = 0
         random.Random(seed).shuffle(self._free)
 
     def start(self, tokens: Sequence[int]) -> FedSequence:
         """Begin a sequence with blocks of its own."""
         count = blocks_for(len(tokens), BLOCK_SIZE)
         blocks, self._free = self._free[:count], self._free[count:]
-        return FedSequence(tokens, blocks)
+        seat, self._next_seat = self._next_seat, self._next_seat + 1
+        self.seats.seat([Seating(seat, tokens, len(tokens), blocks, SamplingParams())])
+        return FedSequence(seat, tokens)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], mode: KernelMode) -> list[Tensor]:
         """Run one step; each row's logits [tokens of the row, vocabulary]."""
-        batch = ForwardBatch.build(rows, mode, BLOCK_SIZE, CPU)
-        logits = self.model.logits(self.model(batch, self.cache))
+        num_tokens = sum(row.count for row in rows)
+        batch = self.inputs.load(rows, mode, StepShape(num_tokens, len(rows), 1 + len(rows), num_tokens))
+        self.inputs.expand(batch)
+        logits = self.model.logits(self.model(batch, self.cache, every_token=True))
         return list(logits.split(batch.query_lens))

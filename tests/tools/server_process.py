@@ -37,6 +37,8 @@ def free_port() -> int:
 class ServerProcess:
     """`fusewire serve` on free loopback ports; a context manager that waits until it serves."""
 
+    command: tuple[str, ...] = ("fusewire.service.cli", "serve")
+
     def __init__(self, log: Path, *options: str, wait: bool = True) -> None:
         self.port, self.admin_port, self.metrics_port = free_port(), free_port(), free_port()
         self.log = log
@@ -48,7 +50,7 @@ class ServerProcess:
         arguments = [text for name, port in ports.items() for text in (f"--{name}", str(port))]
         self._output = self.log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fusewire.service.cli", "serve", *arguments, *self._options],
+            [sys.executable, "-m", *self.command, *arguments, *self._options],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={name: value for name, value in os.environ.items() if not name.startswith("FUSEWIRE_")},
@@ -97,11 +99,22 @@ class ServerProcess:
 
     def engine_pid(self) -> int:
         """The process id of the engine, found among the server's children."""
+        pids = self._children("fusewire.service.engine")
+        assert pids, "no engine among the server's children"
+        return pids[0]
+
+    def worker_pids(self) -> list[int]:
+        """The process ids of the front ends, where there are several."""
+        return self._children("fusewire.service.worker")
+
+    def _children(self, module: str) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for pid in children:
-            if "fusewire.service.engine" in Path(f"/proc/{pid}/cmdline").read_text():
-                return int(pid)
-        raise AssertionError(f"no engine among the children {children}")
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pid in children}
+        return [pid for pid, file in commands.items() if file.exists() and module in file.read_text()]
+
+    def connect(self) -> grpc.Channel:
+        """A connection of its own to the public port; the caller closes it."""
+        return grpc.insecure_channel(f"127.0.0.1:{self.port}", [("grpc.use_local_subchannel_pool", 1)])
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of a metric that carry these labels."""
@@ -110,3 +123,9 @@ class ServerProcess:
         samples = [sample for family in families for sample in family.samples if sample.name == name]
         assert samples, f"no metric {name}"
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+class PacedServer(ServerProcess):
+    """The same around an engine that computes nothing: a token for every stream at a steady pace."""
+
+    command = ("tests.tools.paced_server",)

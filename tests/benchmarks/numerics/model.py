@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.batch import Row
+from fusewire.model.batch import Row, Seating, Step
 from fusewire.model.demo import path as demo_path
-from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.runner import ModelRunner, RunnerOptions
+from fusewire.model.sampling_params import SamplingParams
 
 TEXT = Path(__file__).parents[1] / "data" / "persuasion.txt"
 """The last six chapters of Persuasion, which the demo model was not trained on."""
@@ -34,7 +34,12 @@ class Scorer:
     def __init__(self, folder: Path, device: torch.device, dtype: str, tokens: int) -> None:
         """Load a folder with a cache of so many tokens."""
         options = RunnerOptions(
-            path=folder, device=device.type, dtype=dtype, max_context=tokens, kv_tokens=tokens + 64 * 16
+            path=folder,
+            device=device.type,
+            dtype=dtype,
+            max_context=tokens,
+            max_step_tokens=tokens,
+            kv_tokens=tokens + 64 * 16,
         )
         self._runner = ModelRunner(options)
         self._device = device
@@ -43,12 +48,16 @@ class Scorer:
         """Run one step of rows (token ids, start, first block): the stream `[T, hidden]`."""
         runner = self._runner
         made = []
-        for ids, start, first_block in rows:
+        for seat, (ids, start, first_block) in enumerate(rows):
             blocks = -(-(start + len(ids)) // runner.block_size)
-            made.append(Row(ids, start, range(first_block, first_block + blocks), None))
-        batch = ForwardBatch.build(made, mode, runner.block_size, self._device)
+            table = range(first_block, first_block + blocks)
+            known = [*[0] * start, *ids]  # only this step's tokens are read
+            runner._seats.seat([Seating(seat, known, len(known), table, SamplingParams())])
+            made.append(Row(seat, start, len(ids), samples=True))
+        batch = runner._inputs.load(made, mode, runner._shape_of(Step(mode, made)))
         with torch.inference_mode():
-            return runner._model(batch, runner._cache)
+            runner._inputs.expand(batch)
+            return runner._model(batch, runner._cache, every_token=True)[: sum(row.count for row in made)]
 
     def prefill(self, ids: Sequence[int], mode: KernelMode, chunk: int | None = None) -> Tensor:
         """Run one sequence in one step, or in chunks: `[T, hidden]`."""

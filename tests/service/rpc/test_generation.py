@@ -266,6 +266,20 @@ def test_deadlines_at_any_moment_leave_nothing_behind_and_log_no_error(
     assert not caplog.records
 
 
+def test_a_prompt_that_was_computed_is_not_computed_again_unless_told(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        prompt = pb.TokenIds(ids=range(11))
+        cached = []
+        for cache in ({}, {}, {"salt": "a"}, {"salt": "a"}, {"disabled": True}, {}):
+            asked = pb.GenerateRequest(token_ids=prompt, cache=pb.CacheOptions(**cache))
+            events = [event async for event in server.generation.StreamGenerate(asked, timeout=20)]
+            assert events[0].started.cached_tokens == events[-1].finished.usage.cached_tokens
+            cached.append(events[0].started.cached_tokens)
+        assert cached == [0, 8, 0, 8, 0, 8]
+
+    run(tmp_path, body, default_max_tokens=3)
+
+
 def test_cancelling_by_id_ends_the_stream_with_cancelled(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
         server.runner.pause = 0.01
@@ -283,6 +297,7 @@ def test_cancelling_by_id_ends_the_stream_with_cancelled(tmp_path: Path) -> None
         assert "request_id" in again.value.details()
 
     run(tmp_path, body)
+    run(tmp_path, body, frontends=2)
 
 
 def test_a_request_that_still_waits_can_be_cancelled(tmp_path: Path) -> None:
@@ -432,6 +447,25 @@ def test_more_requests_than_may_wait_are_refused_with_a_time_to_retry(tmp_path: 
             assert last.finished.reason == pb.FINISH_REASON_LENGTH
 
     run(tmp_path, body, max_waiting=2, default_max_tokens=20)
+
+
+def test_one_of_several_front_ends_admits_its_share(tmp_path: Path) -> None:
+    """Half of the four places and half of the two that may wait."""
+
+    async def body(server: Rig) -> None:
+        server.runner.gate.clear()
+        admitted = [server.generation.StreamGenerate(request(), timeout=20) for _ in range(2 + 1)]
+        for call in admitted:
+            await call.initial_metadata()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.generation.Generate(request(), timeout=20)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        server.runner.gate.set()
+        for call in admitted:
+            *_, last = [event async for event in call]
+            assert last.finished.reason == pb.FINISH_REASON_LENGTH
+
+    run(tmp_path, body, max_waiting=2, default_max_tokens=20, frontends=2)
 
 
 def test_the_death_of_the_engine_ends_every_stream_and_the_next_one_serves(tmp_path: Path) -> None:

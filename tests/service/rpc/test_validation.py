@@ -220,6 +220,7 @@ def requests(draw) -> pb.GenerateRequest:
         response=pb.ResponseOptions(**some(logprobs=COUNTS)),
         **some(kernel_mode=st.integers(-2, 5), priority=st.integers(-200, 200)),
     )
+    request.cache.CopyFrom(pb.CacheOptions(**some(salt=st.text(max_size=130), disabled=st.booleans())))
     request.token_ids.CopyFrom(pb.TokenIds(ids=draw(st.lists(IDS, max_size=CONTEXT + 2))))
     return request
 
@@ -245,6 +246,7 @@ def test_any_request_is_either_refused_by_name_or_within_every_limit(request: pb
         assert_names_a_field(request, error)
         return
     params = add.sampling
+    assert (add.cache_salt, add.cache_disabled) == (request.cache.salt, request.cache.disabled)
     assert 1 <= add.max_tokens <= ready.model.context_length - len(prompt)
     assert 0 <= add.min_tokens <= add.max_tokens
     assert 0 <= params.temperature <= 100

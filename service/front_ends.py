@@ -1,0 +1,299 @@
+"""Several front ends on one public port, each a process of its own: `--frontends N`.
+
+The kernel spreads connections over them (SO_REUSEPORT). This side reserves the port, keeps the workers
+alive, and adds up what they tell; what one worker does is `fusewire.service.worker`.
+"""
+
+import asyncio
+import itertools
+import logging
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.config import ServeConfig
+from fusewire.service.messages import EngineReady
+from fusewire.service.metrics import RequestMetrics
+from fusewire.service.rpc.front_end import ListenError
+from fusewire.service.rpc.serving import END_SECONDS, DrainResult, Serving
+from fusewire.service.supervisor import ChildSupervisor
+from fusewire.service.worker_messages import (
+    Drain,
+    Drained,
+    FromWorker,
+    Listening,
+    LoadTokenizer,
+    Ready,
+    Serve,
+    Start,
+    Status,
+    ToWorker,
+    Unusable,
+    decode_from_worker,
+    encode_line,
+)
+
+log = logging.getLogger(__name__)
+
+IDLE = Status(None, 0.0)
+ANSWER_SECONDS = 2.0
+"""What a worker may take to say that it has drained, beyond the drain itself."""
+MAX_STARTS = 3
+"""A worker that ends so many times without having listened is given up."""
+
+
+class FrontEnds:
+    """The workers of one server.
+
+    Args:
+        config: the server's options; `frontends` says how many workers there are.
+        socket_path: where the engine listens.
+        metrics_folder: where the workers keep their metrics.
+        on_ready: called when every worker can generate.
+        on_failure: called with a reason when no waiting can mend what is wrong.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        socket_path: Path,
+        metrics_folder: Path,
+        on_ready: Callable[[], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self.port = config.port
+        self._config = config
+        self._socket_path = socket_path
+        self._metrics_folder = metrics_folder
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._reservation: socket.socket | None = None
+        self._workers: list[_Worker] = []
+
+    async def start(self) -> None:
+        """Start the workers and wait until all of them listen; `port` is real from now on.
+
+        Raises:
+            ListenError: if the port cannot be bound, or a worker cannot use its options.
+        """
+        self._reservation = reserve_port(self._config.host, self._config.port)
+        self.port = self._reservation.getsockname()[1]
+        config = msgspec.structs.replace(self._config, port=self.port)
+        start = Start(config, str(self._socket_path))
+        environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._metrics_folder)}
+        self._workers = [
+            _Worker(f"front end {number}", start, environment, self._let_serve, self._on_failure)
+            for number in range(1, config.frontends + 1)
+        ]
+        for worker in self._workers:
+            await worker.start()
+        for outcome in await asyncio.gather(*(w.listening for w in self._workers), return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+
+    async def stop(self) -> None:
+        """Stop the workers: calls that still run are ended."""
+        await asyncio.gather(*(worker.stop() for worker in self._workers))
+        if self._reservation is not None:
+            self._reservation.close()
+
+    def load_tokenizer(self, folder: Path) -> None:
+        """Let every worker load the tokenizer of a model, those too that are started later."""
+        for worker in self._workers:
+            worker.load_tokenizer(folder)
+
+    async def drain(self, seconds: float) -> DrainResult:
+        """Let every worker drain, and add up how their requests ended."""
+        results = await asyncio.gather(*(worker.drain(seconds) for worker in self._workers))
+        return DrainResult(
+            sum(result.finished for result in results), sum(result.ended for result in results)
+        )
+
+    def oldest_waiting(self) -> float | None:
+        """When the request that waits longest arrived; None if none waits. Safe from any thread."""
+        arrivals = [worker.status.oldest_waiting for worker in self._workers]
+        return min((arrival for arrival in arrivals if arrival is not None), default=None)
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the engine has said nothing although there are requests for it; 0 without any."""
+        return max((worker.status.silent_seconds for worker in self._workers), default=0.0)
+
+    def forget_silence(self) -> None:
+        """Wait for the workers' next word on whether the engine is silent."""
+        for worker in self._workers:
+            worker.status = IDLE
+
+    def _let_serve(self) -> None:
+        """Let health say SERVING once every worker is ready; one that is dead is not waited for."""
+        running = [worker for worker in self._workers if worker.is_running]
+        if running and all(worker.is_ready for worker in running):
+            for worker in running:
+                worker.tell(encode_line(Serve()))
+            self._on_ready()
+
+
+class _Worker(ChildSupervisor):
+    """One worker, through all its restarts."""
+
+    def __init__(
+        self,
+        name: str,
+        start: Start,
+        environment: dict[str, str],
+        on_ready: Callable[[], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        super().__init__(
+            name,
+            ("fusewire.service.worker",),
+            environment,
+            has_output=True,
+            on_exit=self._note_exit,
+            on_failure=on_failure,
+        )
+        self.name = name
+        self.listening: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_ready = False
+        self.status = IDLE
+        self._start_message = start
+        self._on_ready = on_ready
+        self._folder: Path | None = None
+        self._call_ids = itertools.count(1)
+        self._is_draining = False
+        self._drains: dict[int, asyncio.Future[DrainResult]] = {}
+        self._exits = 0
+
+    def first_line(self) -> bytes:
+        """What this worker serves, and what else it has missed."""
+        messages: list[ToWorker] = [self._start_message]
+        if self._folder is not None:
+            messages.append(LoadTokenizer(str(self._folder)))
+        if self._is_draining:
+            messages.append(Drain(0, 0.0))  # it has no requests, and shall take none
+        return b"".join(map(encode_line, messages))
+
+    async def follow(self, output: asyncio.StreamReader) -> None:
+        """Take in what the worker tells, until it ends."""
+        while line := await output.readline():
+            try:
+                self._take_in(decode_from_worker(line))
+            except msgspec.DecodeError:
+                log.error("%s says what cannot be read: %r", self.name, line)
+
+    def load_tokenizer(self, folder: Path) -> None:
+        """Let the worker load a tokenizer, now and whenever it is started again."""
+        self._folder = folder
+        self.tell(encode_line(LoadTokenizer(str(folder))))
+
+    async def drain(self, seconds: float) -> DrainResult:
+        """Let the worker drain; one that is dead, dies or hangs has nothing left to count."""
+        self._is_draining = True
+        if not self.is_running:
+            return DrainResult(0, 0)
+        call_id = next(self._call_ids)
+        reply = self._drains[call_id] = asyncio.get_running_loop().create_future()
+        self.tell(encode_line(Drain(call_id, seconds)))
+        try:
+            return await asyncio.wait_for(reply, seconds + END_SECONDS + ANSWER_SECONDS)
+        except TimeoutError:
+            log.warning("%s does not answer", self.name)
+            return DrainResult(0, 0)
+        finally:
+            self._drains.pop(call_id, None)
+
+    def _take_in(self, message: FromWorker) -> None:
+        match message:
+            case Status():
+                self.status = message
+            case Listening():
+                if not self.listening.done():
+                    self.listening.set_result(None)
+            case Ready(is_ready=is_ready):
+                self.is_ready = is_ready
+                self._on_ready()
+            case Drained(call_id=call_id, finished=finished, ended=ended):
+                self._end_drain(call_id, DrainResult(finished, ended))
+            case Unusable(reason=reason):
+                self._take_refusal(reason)
+
+    def _end_drain(self, call_id: int, result: DrainResult) -> None:
+        reply = self._drains.get(call_id)
+        if reply is not None and not reply.done():
+            reply.set_result(result)
+
+    def _take_refusal(self, reason: str) -> None:
+        """At the start of the server it ends the server; later it may pass, and the others serve on."""
+        if not self.listening.done():
+            self.listening.set_exception(ListenError(reason))
+        elif self.restarts == 0:
+            self._on_failure(reason)
+        else:
+            log.error("%s: %s", self.name, reason)
+
+    def _note_exit(self, code: int) -> None:
+        self.status, self.is_ready = IDLE, False
+        self._on_ready()
+        for call_id in list(self._drains):
+            self._end_drain(call_id, DrainResult(0, 0))
+        self._exits += 1
+        if self._exits >= MAX_STARTS and not self.listening.done():
+            self.listening.set_exception(ListenError(f"{self.name} has ended {self._exits} times"))
+
+
+class SharedServing(Serving):
+    """The state of the process beside the front ends: it answers the operator and is scraped.
+
+    Args:
+        front_ends: whom a drain concerns, and who know whether the engine is silent.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model_name: str,
+        socket_path: Path,
+        services: Iterable[str],
+        on_engine: Callable[[EngineReady | None], None],
+        on_switch: Callable[[KernelMode, int], None],
+        metrics: RequestMetrics,
+        front_ends: FrontEnds,
+    ) -> None:
+        super().__init__(config, model_name, socket_path, services, on_engine, on_switch, metrics)
+        self._front_ends = front_ends
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the engine has said nothing although a front end has requests for it."""
+        return self._front_ends.silent_seconds
+
+    async def drain(self, seconds: float) -> DrainResult:
+        """Refuse new requests at every front end and wait for the running ones."""
+        self.begin_drain()
+        return await self._front_ends.drain(seconds)
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Bind a port so that processes of this user may share it, and no other server takes it.
+
+    The socket never listens, so no connection comes to it.
+
+    Raises:
+        ListenError: if the port is in use, also by a server that would share it.
+    """
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        if port:
+            with socket.socket(family, kind) as probe:  # unlike what follows, refused beside any listener
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+        reservation = socket.socket(family, kind)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            reservation.setsockopt(socket.SOL_SOCKET, option, 1)
+        reservation.bind(where)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return reservation
