@@ -6,8 +6,9 @@ gets is computed on the device from the length of the context, so that a capture
 The q heads that share a kv head are one tile: keys and values are read once for all of them. The last
 program of a (row, kv head) to finish merges what all have found, in the order of the splits.
 
-Also here, for every kernel that attends over the paged cache: the loop over its tiles, and attention in
-plain torch. Knows nothing of layers, of who wrote the cache, or of where a step's rows come from.
+Also here, for every kernel that attends over the paged cache: the loop over its tiles, the merge of
+splits, and attention in plain torch. Knows nothing of layers, of who wrote the cache, or of where a
+step's rows come from.
 """
 
 from collections.abc import Iterable, Mapping
@@ -65,12 +66,16 @@ class DecodeRange:
 
 
 DECODE_PLANS = (
-    DecodeRange(32, DecodePlan(64, min_split=64, max_splits=32, num_warps=4, num_stages=3)),
+    DecodeRange(32, DecodePlan(64, min_split=64, max_splits=32, num_warps=4, num_stages=1)),
     DecodeRange(128, DecodePlan(128, min_split=256, max_splits=16, num_warps=4, num_stages=3)),
     DecodeRange(512, DecodePlan(64, min_split=512, max_splits=8, num_warps=4, num_stages=2)),
     DecodeRange(1 << 62, DecodePlan(64, min_split=512, max_splits=8, num_warps=4, num_stages=3)),
 )
-"""For 2-byte dtypes, fewest pairs first: few rows need many splits, many rows fill a GPU by themselves."""
+"""For 2-byte dtypes, fewest pairs first: few rows need many splits, many rows fill a GPU by themselves.
+
+Few rows have one tile a split, so nothing to pipeline; with less shared memory a program starts beside
+those of the launch before it, which is 3 us a launch.
+"""
 
 
 def decode_plan(num_rows: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> DecodePlan:
@@ -283,8 +288,6 @@ def decode_constants(
 ) -> Mapping[str, int]:
     """Derive the kernel's compile-time arguments, in its order."""
     group = num_q_heads // num_kv_heads
-    block_d = padded(head_dim)
-    at_once = _MERGED_A_THREAD * 32 * plan.num_warps // (triton.next_power_of_2(group) * block_d)
     return MappingProxyType(
         {
             "NUM_KV_HEADS": num_kv_heads,
@@ -292,14 +295,21 @@ def decode_constants(
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
             "BLOCK_M": padded(group),
-            "BLOCK_D": block_d,
+            "BLOCK_D": padded(head_dim),
             "BLOCK_N": plan.block_n,
             "MIN_SPLIT": plan.min_split,
             "MAX_SPLITS": plan.max_splits,
-            "AT_ONCE": max(1, min(at_once, triton.next_power_of_2(plan.max_splits))),
+            "AT_ONCE": merged_at_once(group, head_dim, plan.max_splits, plan.num_warps),
             "OVERLAP": overlap,
         }
     )
+
+
+def merged_at_once(rows: int, head_dim: int, max_splits: int, num_warps: int) -> int:
+    """Splits of so many rows that a program holds at once while it merges, a power of two."""
+    size = triton.next_power_of_2(rows) * padded(head_dim)
+    at_once = _MERGED_A_THREAD * 32 * num_warps // size
+    return max(1, min(at_once, triton.next_power_of_2(max_splits)))
 
 
 def padded(size: int) -> int:
@@ -455,10 +465,12 @@ def paged_decode_kernel(
         splits = tl.cdiv(context, tokens)
         if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == splits - 1:
             tl.store(arrivals + pair, 0)
-            _merge(
-                found, stats, out + pair * (GROUP * HEAD_DIM), splits,
-                GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, AT_ONCE,
-            )  # fmt: skip
+            merged = merge_splits(found, stats, splits, GROUP, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, AT_ONCE)
+            q_head = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
+            target = pair * (GROUP * HEAD_DIM) + q_head * HEAD_DIM + column
+            tl.store(
+                out + target, merged.to(out.dtype.element_ty), mask=(q_head < GROUP) & (column < HEAD_DIM)
+            )
 
 
 @triton.jit
@@ -476,44 +488,48 @@ def _prefetch(rows: tl.tensor, WIDTH: tl.constexpr) -> None:
 
 
 @triton.jit
-def _merge(
+def merge_splits(
     found: tl.tensor,
     stats: tl.tensor,
-    out: tl.tensor,
     splits: tl.tensor,
-    GROUP: tl.constexpr,
+    count: tl.tensor,
+    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
-) -> None:
-    """Add the splits of a group of heads `[splits, GROUP, HEAD_DIM]`, each by its share of the whole."""
-    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)
+) -> tl.tensor:
+    """Add splits, each by its share of the whole: `[ROWS, BLOCK_D]` in fp32, ROWS padded to a power of two.
+
+    Args:
+        found: fp32 `[splits, ROWS, HEAD_DIM]`, what each split found.
+        stats: fp32 `[splits, ROWS]`, log2 of each split's denominator.
+        splits: MAX_SPLITS at most.
+        count: rows that are there, at least one; of others nothing is read.
+    """
+    MEMBERS: tl.constexpr = triton.next_power_of_2(ROWS)
     SPLITS: tl.constexpr = triton.next_power_of_2(MAX_SPLITS)
     member = tl.arange(0, MEMBERS)
-    member_or_last = tl.minimum(member, GROUP - 1)[None, :]
+    member_or_last = tl.minimum(member, count - 1)[None, :]
     every = tl.arange(0, SPLITS)[:, None]
     denominators = tl.load(
-        stats + every * GROUP + member_or_last, mask=every < splits, other=-float("inf"), cache_modifier=".cg"
+        stats + every * ROWS + member_or_last, mask=every < splits, other=-float("inf"), cache_modifier=".cg"
     )
     top = tl.max(denominators, axis=0)  # [MEMBERS]
     weight = tl.sum(tl.exp2(denominators - top[None, :]), axis=0)
     column = tl.arange(0, BLOCK_D)[None, None, :]
-    inside = (member[None, :, None] < GROUP) & (column < HEAD_DIM)
+    inside = (member[None, :, None] < count) & (column < HEAD_DIM)
     total = tl.zeros((MEMBERS, BLOCK_D), tl.float32)
     for first in tl.range(0, splits, AT_ONCE, num_stages=1):
         split = first + tl.arange(0, AT_ONCE)[:, None]
         there = split < splits
         share = tl.load(
-            stats + split * GROUP + member_or_last, mask=there, other=-float("inf"), cache_modifier=".cg"
+            stats + split * ROWS + member_or_last, mask=there, other=-float("inf"), cache_modifier=".cg"
         )
-        place = (split * GROUP + member[None, :])[:, :, None] * HEAD_DIM + column
+        place = (split * ROWS + member[None, :])[:, :, None] * HEAD_DIM + column
         part = tl.load(found + place, mask=there[:, :, None] & inside, other=0.0, cache_modifier=".cg")
         total += tl.sum(part * tl.exp2(share - top[None, :])[:, :, None], axis=0)
-    total /= weight[:, None]
-    target = member[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
-    keep = (member[:, None] < GROUP) & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    tl.store(out + target, total.to(out.dtype.element_ty), mask=keep)
+    return total / weight[:, None]
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 
 A program takes a few neighbouring tokens of one row, with all q heads that share a kv head, as one
 tile. Cached positions that all of them see are gone through without a mask, then the diagonal with one.
-Which tiles there are is decided on the host, from the number of tokens alone; where they lie in their
-contexts is looked up on the device. Knows nothing of layers or of who wrote the cache.
+Which tiles there are, and among how many programs each long one is split, is decided on the host; where
+they lie in their contexts is looked up on the device. The last program of a split tile to finish merges
+what all have found, in the order of the splits. Knows nothing of layers or of who wrote the cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,16 +31,30 @@ from fusewire.kernels.paged_decode import (
     empty_sums,
     gather_context,
     load_blocks,
+    merge_splits,
+    merged_at_once,
     padded,
 )
 
 NO_ROW = -1
 """The row of a tile that pads a launch: nothing is read or written for it."""
-_ENOUGH_PROGRAMS = 96
-"""Programs that a launch should have before its tiles grow: most multiprocessors of an H100 have one."""
-_BLOCKS_M = (128, 64, 32, 16)
-"""Rows of a tile, largest first."""
-_BLOCKS_M_FLOAT32 = (32, 16)
+SPLIT_PLACES = 64
+"""The most splits of a launch together: with 8 kv heads, 4 programs for each multiprocessor of an H100."""
+MAX_SPLITS = 16
+"""The most programs that share a tile's context."""
+MIN_SPLIT = 1024
+"""Cached tokens that a split has at least, so that what it finds is worth the merge."""
+SPLIT_STEP = 64
+"""No plan that `prefill_plan` chooses has a larger block_n: of so many tokens each split has a step."""
+_MOST_SPLIT_ROWS = 64
+"""Rows of a tile that may be split; a launch of larger tiles has programs enough."""
+_BLOCKS_M: Mapping[int, int] = MappingProxyType({128: 96, 64: 16, 32: 16, 16: 0})
+"""Rows of a tile, largest first, and the programs that a launch has with at least so many.
+
+The largest tiles are never split, so most multiprocessors of an H100 should have one; smaller ones may be,
+and the fewer they are the less often a long context is read.
+"""
+_BLOCKS_M_FLOAT32: Mapping[int, int] = MappingProxyType({32: 96, 16: 0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +102,48 @@ def prefill_plan(
     return _SMALL if architecture >= 90 else _SMALL_BEFORE_HOPPER
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillWorkspace:
+    """Where programs that share a tile meet. Launches that may run at the same time need one each."""
+
+    partials: Tensor
+    """fp32 `[places * num_kv_heads * rows of a tile * head_dim]`, of any content: what each split found."""
+    lse: Tensor
+    """fp32 `[places * num_kv_heads * rows of a tile]`, of any content: log2 of each split's denominator."""
+    arrivals: Tensor
+    """int32 `[places * num_kv_heads]`: zero before a launch, and after it, so that a graph can replay."""
+
+
+def prefill_workspace(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> PrefillWorkspace:
+    """Allocate what launches need under any tiles that `tile_tokens_for` chooses, for q of `dtype`."""
+    group = num_q_heads // num_kv_heads
+    sizes = (max(1, block_m // group) for block_m in _blocks_m(dtype))
+    rows = num_kv_heads * max(split_places_for(tokens, group) * padded(tokens * group) for tokens in sizes)
+    return PrefillWorkspace(
+        torch.empty(rows * head_dim, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.zeros(SPLIT_PLACES * num_kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+def split_places_for(tile_tokens: int, group: int) -> int:
+    """The splits that tiles of so many tokens may have together, for `group` q heads of a kv head."""
+    return SPLIT_PLACES if padded(tile_tokens * group) <= _MOST_SPLIT_ROWS else 0
+
+
+def _blocks_m(dtype: torch.dtype) -> Mapping[int, int]:
+    return _BLOCKS_M if dtype.itemsize == 2 else _BLOCKS_M_FLOAT32
+
+
 def tile_tokens_for(num_q_heads: int, num_kv_heads: int, num_tokens: int, dtype: torch.dtype) -> int:
     """Choose the tokens of a tile for steps of `num_tokens` tokens: large where they still fill a GPU."""
     group = num_q_heads // num_kv_heads
-    blocks = _BLOCKS_M if dtype.itemsize == 2 else _BLOCKS_M_FLOAT32
     block_m = next(
-        (size for size in blocks if num_kv_heads * (num_tokens * group // size) >= _ENOUGH_PROGRAMS),
-        blocks[-1],
+        size
+        for size, programs in _blocks_m(dtype).items()
+        if num_kv_heads * (num_tokens * group // size) >= programs
     )
     return max(1, block_m // group)
 
@@ -102,25 +152,58 @@ def prefill_tiles(
     query_lens: Sequence[int] | np.ndarray,
     tile_tokens: int,
     context_lens: Sequence[int] | np.ndarray | None = None,
+    *,
+    split_places: int = 0,
+    min_split: int = MIN_SPLIT,
 ) -> np.ndarray:
-    """Cut rows into tiles, those that go through the longest contexts first.
+    """Cut rows into tiles and long tiles into splits, those that go through the most positions first.
 
     Args:
         query_lens: tokens of each row.
         tile_tokens: tokens of a tile; the last of a row may have fewer.
         context_lens: positions of each row, its tokens included; query_lens if there is no other.
+        split_places: the most splits that there may be together, see `split_places_for`; 0 splits nothing.
+        min_split: positions that a split has at least.
 
     Returns:
-        int32 `[NT, 2]`: row, and first token within the row.
+        int32 `[NT, 5]`: row, first token within the row, split, splits of the tile, and the place of its
+        split 0 in the workspace. The splits of a tile are neighbours, in their order. A tile that is not
+        split is one split, of place 0.
     """
     lengths = np.asarray(query_lens, dtype=np.int64)
     cached = 0 if context_lens is None else np.asarray(context_lens, dtype=np.int64) - lengths
     counts = -(-lengths // tile_tokens)
     rows = np.repeat(np.arange(len(lengths)), counts)
     first = (np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]) * tile_tokens
-    reach = np.minimum(first + tile_tokens, lengths[rows]) + np.broadcast_to(cached, lengths.shape)[rows]
-    order = np.argsort(-reach, kind="stable")
-    return np.stack([rows, first], axis=1)[order].astype(np.int32)
+    before = first + np.broadcast_to(cached, lengths.shape)[rows]
+    reach = before + np.minimum(tile_tokens, lengths[rows] - first)
+    splits = _choose_splits(before, reach, split_places, min_split)
+    order = np.argsort(-reach / splits, kind="stable")
+    splits = splits[order]
+    used = np.where(splits > 1, splits, 0)
+    place = np.where(splits > 1, np.cumsum(used) - used, 0)
+    split = np.arange(splits.sum()) - np.repeat(np.cumsum(splits) - splits, splits)
+    tiles = np.stack([rows[order], first[order], splits, splits, place], axis=1).astype(np.int32)
+    tiles = np.repeat(tiles, splits, axis=0)
+    tiles[:, 2] = split
+    return tiles
+
+
+def _choose_splits(before: np.ndarray, reach: np.ndarray, places: int, min_split: int) -> np.ndarray:
+    """Choose the splits of tiles: none is shorter than an even share of all positions among the places.
+
+    So those of split tiles together are at most `places`, and tiles that fill a GPU anyway are left whole.
+    Every split has a whole step of positions that all tokens see.
+
+    Args:
+        before: positions before each tile's first token.
+        reach: those up to each tile's last token.
+    """
+    if places == 0:
+        return np.ones_like(reach)
+    least = max(1, min_split, -(-int(reach.sum()) // places))
+    most = np.clip((before + 1) // SPLIT_STEP, 1, MAX_SPLITS)
+    return np.clip(reach // least, 1, most)
 
 
 def paged_prefill(
@@ -133,6 +216,7 @@ def paged_prefill(
     context_lens: Tensor,
     tiles: Tensor,
     scale: float,
+    workspace: PrefillWorkspace,
     *,
     tile_tokens: int,
     short: bool = False,
@@ -152,8 +236,10 @@ def paged_prefill(
         row_seats: int32 `[B]`, the row of `block_tables` of each row.
         query_starts: int32 `[B + 1]`: row b has the tokens `[query_starts[b], query_starts[b + 1])` of q.
         context_lens: int32 `[B]`, positions of each row, its tokens included.
-        tiles: int32 `[NT, 2]` of `prefill_tiles`; a tile of row -1 is padding.
+        tiles: int32 `[NT, 5]` of `prefill_tiles`, split for no longer contexts and among no more places
+            than `split_places_for`; a tile of row -1 is padding.
         scale: what scores are multiplied by, above 0.
+        workspace: of `prefill_workspace`.
         tile_tokens: what `tiles` were cut by.
         short: see `prefill_plan`.
         overlap: start while the launch before still runs (programmatic dependent launch, from sm_90
@@ -165,7 +251,8 @@ def paged_prefill(
 
     Raises:
         TypeError: before a launch, for a dtype that is not supported or does not fit the others.
-        ValueError: before a launch, for a shape, stride, device or scale that does not fit.
+        ValueError: before a launch, for a shape, stride, device or scale that does not fit, and for a
+            workspace that is too small.
     """
     if not runs_triton(q.device):
         return paged_prefill_reference(
@@ -180,8 +267,8 @@ def paged_prefill(
     block_m, architecture = padded(tile_tokens * group), architecture_of(q.device)
     plan = prefill_plan(block_m, q.shape[2], q.dtype, architecture, short=short)
     return launch_prefill(
-        q, k_cache, v_cache, block_tables, row_seats, query_starts, context_lens, tiles, scale, plan,
-        tile_tokens=tile_tokens, overlap=overlap,
+        q, k_cache, v_cache, block_tables, row_seats, query_starts, context_lens, tiles, scale,
+        workspace, plan, tile_tokens=tile_tokens, overlap=overlap,
     )  # fmt: skip
 
 
@@ -216,14 +303,20 @@ def launch_prefill(
     context_lens: Tensor,
     tiles: Tensor,
     scale: float,
+    workspace: PrefillWorkspace,
     plan: PrefillPlan,
     *,
     tile_tokens: int,
     overlap: bool = False,
 ) -> Tensor:
-    """Launch the kernel under a given plan; see `paged_prefill`. Arguments are not checked."""
+    """Launch the kernel under a given plan; see `paged_prefill`. Only the workspace is checked.
+
+    Raises:
+        ValueError: for a workspace that is too small.
+    """
     _, num_q_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
+    _check_workspace(workspace, num_q_heads // num_kv_heads, num_kv_heads, head_dim, tile_tokens)
     out = torch.empty_like(q)
     if len(tiles) == 0:
         return out
@@ -234,7 +327,8 @@ def launch_prefill(
     with on_device(q.device):
         compiled.kernel[len(tiles) * num_kv_heads, 1, 1](
             q, k_cache, v_cache, block_tables, row_seats, query_starts, context_lens, tiles, out,
-            block_tables.stride(0), scale * LOG2_E, *compiled.constants,
+            workspace.partials, workspace.lse, workspace.arrivals, block_tables.stride(0), scale * LOG2_E,
+            *compiled.constants,
         )  # fmt: skip
     return out
 
@@ -255,10 +349,10 @@ def _compile(
     constants = prefill_constants(num_q_heads, num_kv_heads, head_dim, block_size, tile_tokens, plan, overlap)
     kernel = paged_prefill_kernel
     if not INTERPRETED:
-        ints = (torch.int32,) * 5
+        ints, floats = (torch.int32,) * 5, (torch.float32,) * 2
         with on_device(device):
             kernel = kernel.warmup(
-                dtype, dtype, dtype, *ints, dtype, 1, 1.0, **constants,
+                dtype, dtype, dtype, *ints, dtype, *floats, torch.int32, 1, 1.0, **constants,
                 grid=(1,), num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
             )  # fmt: skip
     return Compiled(kernel, tuple(constants.values()))
@@ -276,6 +370,8 @@ def prefill_constants(
 ) -> Mapping[str, int]:
     """Derive the kernel's compile-time arguments, in its order."""
     group = num_q_heads // num_kv_heads
+    block_m = padded(tile_tokens * group)
+    max_splits = MAX_SPLITS if split_places_for(tile_tokens, group) else 1
     return MappingProxyType(
         {
             "NUM_KV_HEADS": num_kv_heads,
@@ -283,9 +379,11 @@ def prefill_constants(
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
             "TILE_TOKENS": tile_tokens,
-            "BLOCK_M": padded(tile_tokens * group),
+            "BLOCK_M": block_m,
             "BLOCK_D": padded(head_dim),
             "BLOCK_N": plan.block_n,
+            "MAX_SPLITS": max_splits,
+            "AT_ONCE": merged_at_once(block_m, head_dim, max_splits, plan.num_warps),
             "OVERLAP": overlap,
         }
     )
@@ -311,9 +409,24 @@ def _check_prefill(
     check_tensor("row_seats", seats, (rows,), torch.int32, tokens.device)
     check_tensor("query_starts", Layout(*query_starts), (rows + 1,), torch.int32, tokens.device)
     check_tensor("context_lens", Layout(*context_lens), (rows,), torch.int32, tokens.device)
-    check_tensor("tiles", cut, (len(cut), 2), torch.int32, tokens.device)
+    check_tensor("tiles", cut, (len(cut), 5), torch.int32, tokens.device)
     if tile_tokens < 1:
         raise ValueError(f"tile_tokens: must be at least 1, got {tile_tokens}")
+
+
+def _check_workspace(
+    workspace: PrefillWorkspace, group: int, num_kv_heads: int, head_dim: int, tile_tokens: int
+) -> None:
+    """Check that programs find room for what they share; tiles that are not split share nothing."""
+    arrivals = split_places_for(tile_tokens, group) * num_kv_heads
+    results = arrivals * padded(tile_tokens * group)
+    needed = {"partials": results * head_dim, "lse": results, "arrivals": arrivals}
+    for name, elements in needed.items():
+        if getattr(workspace, name).numel() < elements:
+            raise ValueError(
+                f"workspace.{name}: must have at least {elements} elements for tiles of {tile_tokens} "
+                f"tokens, got {getattr(workspace, name).numel()}"
+            )
 
 
 @triton.jit(
@@ -330,6 +443,9 @@ def paged_prefill_kernel(
     context_lens: tl.tensor,
     tiles: tl.tensor,
     out: tl.tensor,
+    partials: tl.tensor,
+    lse: tl.tensor,
+    arrivals: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
@@ -340,18 +456,21 @@ def paged_prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Attend with TILE_TOKENS tokens of a row for one kv head; heads of a tile are neighbours in the grid.
+    """Attend with TILE_TOKENS tokens of a row for one kv head, over one split; who is last merges them.
 
-    A tile's rows are its tokens' q heads, token after token. The scale is in log2.
+    The heads of a tile are neighbours in the grid. A tile's rows are its tokens' q heads, token after
+    token. The scale is in log2.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     tile = tl.program_id(0) // NUM_KV_HEADS
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.load(tiles + 2 * tile)
-    first = tl.load(tiles + 2 * tile + 1)
+    row = tl.load(tiles + 5 * tile)
+    first = tl.load(tiles + 5 * tile + 1)
     if row < 0:
         if OVERLAP:  # who comes after may rely on all that came before
             tl.extra.cuda.gdc_wait()
@@ -361,8 +480,16 @@ def paged_prefill_kernel(
     count = tl.load(query_starts + row + 1) - query_start
     cached = tl.load(context_lens + row) - count  # positions before the row's first token
     end = cached + tl.minimum(first + TILE_TOKENS, count)
+    steps = (cached + first + 1) // BLOCK_N  # all tokens see all positions of these
+    start, diagonal, stop = 0, steps * BLOCK_N, end
+    if MAX_SPLITS > 1:
+        split = tl.load(tiles + 5 * tile + 2)
+        splits = tl.load(tiles + 5 * tile + 3)
+        start = split * steps // splits * BLOCK_N
+        diagonal = (split + 1) * steps // splits * BLOCK_N
+        stop = tl.where(split == splits - 1, end, diagonal)  # what is masked is the last split's
     table = block_tables + seat * table_stride
-    blocks = load_blocks(table, 0, end, BLOCK_SIZE, BLOCK_N)
+    blocks = load_blocks(table, start, end, BLOCK_SIZE, BLOCK_N)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
@@ -378,15 +505,29 @@ def paged_prefill_kernel(
     last = cached + token
     keys = k_cache + head * HEAD_DIM
     values = v_cache + head * HEAD_DIM
-    diagonal = (cached + first + 1) // BLOCK_N * BLOCK_N  # all tokens see all positions before it
     total, top, weight = empty_sums(BLOCK_M, BLOCK_D)
     total, top, weight, blocks = attend_tiles(
-        total, top, weight, blocks, queries, keys, values, table, 0, diagonal, end, last, scale,
+        total, top, weight, blocks, queries, keys, values, table, start, diagonal, end, last, scale,
         NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_SIZE, BLOCK_D, BLOCK_N, False,
     )  # fmt: skip
     total, top, weight, blocks = attend_tiles(
-        total, top, weight, blocks, queries, keys, values, table, diagonal, end, end, last, scale,
+        total, top, weight, blocks, queries, keys, values, table, diagonal, stop, end, last, scale,
         NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_SIZE, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
     total /= weight[:, None]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+    if MAX_SPLITS == 1 or splits == 1:
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        pair = tl.load(tiles + 5 * tile + 4) * NUM_KV_HEADS  # heads one after the other, splits within
+        found = partials + (pair + head * splits) * (BLOCK_M * HEAD_DIM)
+        stats = lse + (pair + head * splits) * BLOCK_M
+        mine = split * BLOCK_M + member
+        size = tl.minimum(TILE_TOKENS, count - first) * GROUP
+        tl.store(found + mine[:, None] * HEAD_DIM + column, total, mask=inside, cache_modifier=".cg")
+        tl.store(stats + mine, top + tl.log2(weight), mask=member < size, cache_modifier=".cg")
+        tl.debug_barrier()  # all of the program's stores, before one thread says so
+        if tl.atomic_add(arrivals + pair + head, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            tl.store(arrivals + pair + head, 0)
+            merged = merge_splits(found, stats, splits, size, BLOCK_M, HEAD_DIM, BLOCK_D, MAX_SPLITS, AT_ONCE)
+            tl.store(out + place, merged.to(out.dtype.element_ty), mask=inside)

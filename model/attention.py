@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewire.kernels.paged_decode import DecodeWorkspace, decode_workspace, paged_decode
-from fusewire.kernels.paged_prefill import paged_prefill, tile_tokens_for
+from fusewire.kernels.paged_prefill import (
+    PrefillWorkspace,
+    paged_prefill,
+    prefill_workspace,
+    split_places_for,
+    tile_tokens_for,
+)
 from fusewire.model.config import ModelConfig, ModelError
 from fusewire.model.device import to_device
-from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.forward_batch import ForwardBatch, StepShape
 from fusewire.model.kv_cache import LayerCache
 
 LONG_PROMPT = 2049
@@ -53,8 +59,8 @@ class AttentionBackend(Protocol):
         """Whether a CUDA graph of a step serves every step of its shape."""
         ...
 
-    def tile_tokens(self, num_tokens: int) -> int:
-        """Tokens of a row that one tile of a step of so many tokens takes."""
+    def chunk_shape(self, num_tokens: int, num_rows: int) -> StepShape:
+        """The shape of a step of rows of any lengths, with as many tiles as they could need."""
         ...
 
     def begin(self, batch: ForwardBatch) -> StepAttention:
@@ -99,17 +105,21 @@ class TritonAttention:
         self._scale = config.head_dim**-0.5
         self._heads = config.num_heads, config.num_kv_heads
         self._dtype = dtype
-        self._workspace = decode_workspace(
-            max_rows, config.num_heads, config.num_kv_heads, config.head_dim, device
-        )
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        self._decode_workspace = decode_workspace(max_rows, *heads, device)
+        self._prefill_workspace = prefill_workspace(*heads, dtype, device)
 
-    def tile_tokens(self, num_tokens: int) -> int:
-        """As many as leave programs enough for a GPU."""
-        return tile_tokens_for(*self._heads, num_tokens, self._dtype)
+    def chunk_shape(self, num_tokens: int, num_rows: int) -> StepShape:
+        """Tiles large enough to work well and small enough to be many."""
+        num_q_heads, num_kv_heads = self._heads
+        tile = tile_tokens_for(num_q_heads, num_kv_heads, num_tokens, self._dtype)
+        places = split_places_for(tile, num_q_heads // num_kv_heads)
+        return StepShape(num_tokens, num_rows, num_tokens // tile + num_rows + places, tile, places)
 
     def begin(self, batch: ForwardBatch) -> StepAttention:
         """Choose the kernel by the step's shape."""
-        return _TritonStep(batch, self._scale, self._workspace, self._takes_whole(batch))
+        workspaces = self._decode_workspace, self._prefill_workspace
+        return _TritonStep(batch, self._scale, *workspaces, self._takes_whole(batch))
 
     def warm_up(self, lengths: Sequence[int], cache: LayerCache) -> None:
         """Let cuDNN build its plans for whole prompts of so many tokens, which takes 50 ms each."""
@@ -130,11 +140,17 @@ class _TritonStep:
     """One step's attention by the paged kernels, or by cuDNN for a whole prompt."""
 
     def __init__(
-        self, batch: ForwardBatch, scale: float, workspace: DecodeWorkspace, takes_whole: bool
+        self,
+        batch: ForwardBatch,
+        scale: float,
+        decode_workspace: DecodeWorkspace,
+        prefill_workspace: PrefillWorkspace,
+        takes_whole: bool,
     ) -> None:
         self._batch = batch
         self._scale = scale
-        self._workspace = workspace
+        self._decode_workspace = decode_workspace
+        self._prefill_workspace = prefill_workspace
         self._whole_slots = None
         if takes_whole:  # tokens that pad the prompt are behind all others, where none looks
             self._whole_slots = torch.where(batch.slots < 0, batch.slots[0], batch.slots)
@@ -156,6 +172,7 @@ class _TritonStep:
             batch.row_contexts,
             batch.tiles,
             self._scale,
+            self._prefill_workspace,
             tile_tokens=batch.shape.tile_tokens,
             short=bool(batch.context_lens) and max(batch.context_lens) <= SHORT_CONTEXT,
             overlap=True,
@@ -175,7 +192,7 @@ class _TritonStep:
             seats,
             contexts,
             self._scale,
-            self._workspace,
+            self._decode_workspace,
             overlap=True,
         )
 
@@ -208,9 +225,9 @@ class SdpaAttention:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new context length
         self._scratch = _Scratch()
 
-    def tile_tokens(self, num_tokens: int) -> int:
-        """All: this backend knows no tiles."""
-        return num_tokens
+    def chunk_shape(self, num_tokens: int, num_rows: int) -> StepShape:
+        """A tile a row: this backend does not look at them."""
+        return StepShape(num_tokens, num_rows, num_rows, max(1, num_tokens))
 
     def warm_up(self, lengths: Sequence[int], cache: LayerCache) -> None:
         """Nothing: torch's kernels are there."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.kernels.paged_prefill import prefill_tiles
+from fusewire.kernels.paged_prefill import SPLIT_PLACES, prefill_tiles
 from fusewire.kernels.step_inputs import expand_inputs
 from fusewire.model.batch import Row
 from fusewire.model.seats import SeatTable
@@ -35,6 +35,8 @@ class StepShape:
     """Tiles of the prefill attention; 0 for a decode step, in which every row has one token and samples."""
     tile_tokens: int = 1
     """Tokens of a row that a tile takes at most."""
+    split_places: int = 0
+    """Tiles more that there may be because long contexts are split among several."""
 
     @property
     def is_decode(self) -> bool:
@@ -66,7 +68,7 @@ class ForwardBatch:
     row_contexts: Tensor
     """int32 [B], `context_lens` on the device; 0 for a row that pads."""
     tiles: Tensor
-    """int32 [tiles, 2], see `fusewire.kernels.paged_prefill`."""
+    """int32 [tiles, TILE_WORDS], see `fusewire.kernels.paged_prefill`."""
     block_tables: Tensor
     """int32 [seats, blocks], rows strided; see `SeatTable`."""
     logit_rows: Tensor
@@ -77,6 +79,7 @@ class ForwardBatch:
     """int32 [S], the position that the choice takes in its sequence."""
 
 
+TILE_WORDS = 5
 _PER_TOKEN = ("token_seats", "token_positions", "new_blocks")
 _PER_ROW = ("row_seats", "row_contexts", "logit_rows", "sample_seats", "sample_lengths")
 
@@ -85,7 +88,7 @@ _PER_ROW = ("row_seats", "row_contexts", "logit_rows", "sample_seats", "sample_l
 def _sections(shape: StepShape) -> tuple[dict[str, slice], int]:
     """Lay out the packed buffer of a shape: each section's place, and the whole length."""
     sizes = dict.fromkeys(_PER_TOKEN, shape.num_tokens) | dict.fromkeys(_PER_ROW, shape.num_rows)
-    sizes |= {"row_ends": shape.num_rows + 1, "tiles": 2 * shape.num_tiles}
+    sizes |= {"row_ends": shape.num_rows + 1, "tiles": TILE_WORDS * shape.num_tiles}
     places, offset = {}, 0
     for name, size in sizes.items():
         places[name] = slice(offset, offset + size)
@@ -105,7 +108,7 @@ class StepInputs:
 
     def __init__(self, seats: SeatTable, block_size: int, max_tokens: int, max_rows: int) -> None:
         device = seats.device
-        most_tiles = max_tokens + max_rows
+        most_tiles = max_tokens + max_rows + SPLIT_PLACES
         _, words = _sections(StepShape(max_tokens, max_rows, most_tiles))
         self._seats = seats
         self._block_size = block_size
@@ -169,7 +172,7 @@ class StepInputs:
             packed[places["row_seats"]],
             packed[places["row_ends"]],
             packed[places["row_contexts"]],
-            packed[places["tiles"]].view(-1, 2),
+            packed[places["tiles"]].view(-1, TILE_WORDS),
             self._seats.block_tables,
             packed[places["logit_rows"]][:num_samples],
             packed[places["sample_seats"]][:num_samples],
@@ -225,7 +228,8 @@ def _pack(
     write("sample_seats", seats[samples], pad_seat)
     write("sample_lengths", contexts[samples], 0)
     if not shape.is_decode:
-        write("tiles", prefill_tiles(counts, shape.tile_tokens, contexts).ravel(), -1)
+        tiles = prefill_tiles(counts, shape.tile_tokens, contexts, split_places=shape.split_places)
+        write("tiles", tiles.ravel(), -1)
     return tuple(counts.tolist()), tuple(contexts.tolist()), int(samples.sum())
 
 

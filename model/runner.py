@@ -236,22 +236,21 @@ class ModelRunner:
         num_rows, num_tokens = len(step.rows), step.num_tokens
         is_decode = num_tokens == num_rows and all(row.samples for row in step.rows)
         if self._graphs is None:
-            return self._decode_shape(num_rows) if is_decode else self._chunk_shape(num_tokens, num_rows)
+            return (
+                self._decode_shape(num_rows)
+                if is_decode
+                else self._attention.chunk_shape(num_tokens, num_rows)
+            )
         captured = self._graphs.smallest(num_tokens, num_rows, is_decode=is_decode)
         if captured is not None:
             return captured
         if is_decode:
             return self._decode_shape(num_rows)
         is_prompt = num_rows == 1 and step.rows[0].start == 0
-        return self._chunk_shape(_padded(num_tokens, is_prompt=is_prompt), num_rows)
+        return self._attention.chunk_shape(_padded(num_tokens, is_prompt=is_prompt), num_rows)
 
     def _decode_shape(self, num_rows: int) -> StepShape:
         return StepShape(num_rows, num_rows)
-
-    def _chunk_shape(self, num_tokens: int, num_rows: int) -> StepShape:
-        """A shape of rows of any length, with as many tiles as they could need."""
-        tile = self._attention.tile_tokens(num_tokens)
-        return StepShape(num_tokens, num_rows, num_tokens // tile + num_rows, tile)
 
     def _record(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -297,7 +296,7 @@ class ModelRunner:
         """Capture every bucket, the largest first, so that the smaller ones fit the memory it took."""
         free, _ = torch.cuda.mem_get_info(self._device)
         chunks = [
-            self._chunk_shape(tokens, min(tokens, self.max_running))
+            self._attention.chunk_shape(tokens, min(tokens, self.max_running))
             for tokens in prefill_buckets(self.max_step_tokens)
         ]
         decodes = [self._decode_shape(rows) for rows in decode_buckets(self.max_running)]

@@ -47,6 +47,7 @@ class SeatTable:
         self.device = device
         self.params: list[SamplingParams] = [SamplingParams()] * (num_seats + 1)
         """The knobs on the host, to see which of the sampler's parts a step needs."""
+        self._max_tokens = max_tokens
         self._tokens_at = KNOB_WORDS + max_blocks
         width = -(-(self._tokens_at + max_tokens + 1) // 4) * 4  # one past the end: the last choice
         self.records = torch.zeros(num_seats + 1, width, dtype=torch.int32, device=device)
@@ -64,7 +65,7 @@ class SeatTable:
 
     @property
     def tokens(self) -> Tensor:
-        """int32 `[num_seats + 1, max_tokens + 1]`, rows strided; entries past a sequence's end are stale."""
+        """int32 `[num_seats + 1, max_tokens + 1]` at least, strided; stale past a sequence's end."""
         return self.records[:, self._tokens_at :]
 
     def seat(self, seatings: Sequence[Seating]) -> None:
@@ -85,11 +86,11 @@ class SeatTable:
 
     def _checked_size(self, seating: Seating) -> int:
         """Words of a record that a sequence fills."""
-        max_blocks, max_tokens = self._tokens_at - KNOB_WORDS, self.records.shape[1] - self._tokens_at - 1
-        if len(seating.block_table) > max_blocks or len(seating.token_ids) > max_tokens:
+        max_blocks = self._tokens_at - KNOB_WORDS
+        if len(seating.block_table) > max_blocks or len(seating.token_ids) > self._max_tokens:
             raise ValueError(
                 f"seating: {len(seating.token_ids)} tokens in {len(seating.block_table)} blocks do not fit "
-                f"{max_tokens} tokens in {max_blocks} blocks"
+                f"{self._max_tokens} tokens in {max_blocks} blocks"
             )
         return self._tokens_at + len(seating.token_ids)
 

@@ -20,7 +20,7 @@ from fusewire.model.attention import select_backend
 from fusewire.model.batch import Row, Seating
 from fusewire.model.config import ModelConfig
 from fusewire.model.families.qwen3 import Qwen3
-from fusewire.model.forward_batch import ForwardBatch, StepInputs, StepShape
+from fusewire.model.forward_batch import ForwardBatch, StepInputs
 from fusewire.model.kv_cache import KVCache
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.model.seats import SeatTable
@@ -190,8 +190,7 @@ class RandomModel:
         ids = torch.randint(self._config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
         table = range(self._blocks)
         self._seats.seat([Seating(0, ids.tolist(), tokens, table, SamplingParams())])
-        tile = self._attention.tile_tokens(tokens)
-        shape = StepShape(tokens, 1, -(-tokens // tile), tile)
+        shape = self._attention.chunk_shape(tokens, 1)
         return self._inputs.load([Row(0, 0, tokens, samples=True)], mode, shape)
 
     def _logits(self, batch: ForwardBatch) -> Tensor:

@@ -42,10 +42,13 @@ from fusewire.kernels.paged_decode import (
     padded,
 )
 from fusewire.kernels.paged_prefill import (
+    SPLIT_STEP,
     PrefillPlan,
     launch_prefill,
     prefill_plan,
     prefill_tiles,
+    prefill_workspace,
+    split_places_for,
     tile_tokens_for,
 )
 from fusewire.service.bench.timing import GRAPH_CALLS, Timer
@@ -173,9 +176,11 @@ def prefill_works() -> Iterator[Work]:
     for heads in HEADS:
         for length in (1024, 4096, 16384):
             yield Work(f"{length} fresh", heads, (length,), (length,))
-        yield Work("512 of 16384", heads, (512,), (16384,))
+        for count in (64, 512):
+            yield Work(f"{count} of 16384", heads, (count,), (16384,))
         yield Work("32 x 128", heads, (128,) * 32, (128,) * 32)
         yield Work("32 decoding + 224", heads, (1,) * 32 + (224,), (500,) * 32 + (224,))
+        yield Work("32 decoding + 64 of 12000", heads, (1,) * 32 + (64,), (2000,) * 32 + (12000,))
 
 
 def decode_candidates(rows: int, heads: tuple[int, int]) -> tuple[DecodePlan, ...]:
@@ -215,14 +220,18 @@ def decode_call(inputs: Inputs, plan: DecodePlan, *, overlap: bool = False) -> C
 def prefill_call(inputs: Inputs, work: Work, block_m: int, plan: PrefillPlan) -> Callable[[int], Tensor]:
     """Prefill on the caches of a set."""
     tile_tokens = max(1, block_m * work.heads[1] // work.heads[0])
-    tiles = torch.from_numpy(prefill_tiles(work.query_lens, tile_tokens, work.context_lens))
-    tiles = tiles.to(inputs.q.device)
+    places = split_places_for(tile_tokens, work.heads[0] // work.heads[1])
+    if plan.block_n > SPLIT_STEP:
+        places = 0
+    tiles = prefill_tiles(work.query_lens, tile_tokens, work.context_lens, split_places=places)
+    tiles = torch.from_numpy(tiles).to(inputs.q.device)
+    space = prefill_workspace(*work.heads, HEAD_DIM, DTYPE, inputs.q.device)
 
     def call(number: int) -> Tensor:
         k, v = inputs.caches[number]
         return launch_prefill(
             inputs.q, k, v, inputs.block_tables, inputs.seats, inputs.query_starts, inputs.context_lens,
-            tiles, inputs.scale, plan, tile_tokens=tile_tokens,
+            tiles, inputs.scale, space, plan, tile_tokens=tile_tokens,
         )  # fmt: skip
 
     return call

@@ -71,7 +71,8 @@ def assert_tiles_arrive_asynchronously_in_vectors(ptx):
 def test_decode(architecture, heads, head_dim, tmp_path):
     plan = decode_plan(1, heads[1], head_dim, torch.bfloat16)
     ptx = compile_decode(heads, head_dim, plan, architecture)
-    assert_tiles_arrive_asynchronously_in_vectors(ptx)
+    if plan.num_stages > 1:
+        assert_tiles_arrive_asynchronously_in_vectors(ptx)
     assert spilled_bytes(ptx, tmp_path) == 0
 
 
@@ -92,7 +93,12 @@ def test_chosen_decode_plans(plan, tmp_path):
 def test_prefill(architecture, block_m, tmp_path):
     ptx = compile_prefill((32, 8), 128, block_m, architecture)
     assert_tiles_arrive_asynchronously_in_vectors(ptx)
-    assert set(re.findall(r"\bst\.global[\w.:]*", ptx)) == {"st.global.v4.b32"}
+    stores = set(re.findall(r"\bst\.global[\w.:]*", ptx))
+    if block_m <= 64:  # tiles that may be split
+        assert {"st.global.v4.b32", "st.global.cg.v4.b32"} < stores
+        assert re.findall(r"\batom\.global\.gpu\.acq_rel\.add\.[su]32", ptx)
+        stores -= {"st.global.cg.v4.b32", "st.global.cg.b32", "st.global.b32"}
+    assert stores == {"st.global.v4.b32"}
     assert spilled_bytes(ptx, tmp_path) == 0
 
 

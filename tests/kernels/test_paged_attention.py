@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -20,10 +20,17 @@ from fusewire.kernels.paged_decode import (
     paged_decode_reference,
 )
 from fusewire.kernels.paged_prefill import (
+    MAX_SPLITS,
     NO_ROW,
+    SPLIT_PLACES,
+    SPLIT_STEP,
+    PrefillWorkspace,
     paged_prefill,
     paged_prefill_reference,
+    prefill_plan,
     prefill_tiles,
+    prefill_workspace,
+    split_places_for,
     tile_tokens_for,
 )
 from tests.kernels.cases import rms_relative_error
@@ -59,16 +66,26 @@ class PagedCase:
         cached = (self.k_cache, self.v_cache, self.block_tables)
         return (self.q, *cached, self.seats, self.context_lens, self.scale)
 
-    def prefill_args(self, tiles: Tensor) -> tuple:
-        """Arguments of `paged_prefill` up to its keywords."""
+    def prefill_args(self, tiles: Tensor, workspace: PrefillWorkspace | None = None) -> tuple:
+        """Arguments of `paged_prefill` up to its keywords, with a workspace of its own if none is given."""
         cached = (self.k_cache, self.v_cache, self.block_tables)
         rows = (self.seats, self.query_starts, self.context_lens)
-        return (self.q, *cached, *rows, tiles, self.scale)
+        return (self.q, *cached, *rows, tiles, self.scale, workspace or self.prefill_workspace())
 
-    def tiles(self, tile_tokens: int, padding: int = 1) -> Tensor:
-        """The rows' tiles, and some that pad them."""
-        tiles = prefill_tiles(self.query_lens, tile_tokens, self.context_lens.tolist())
-        tiles = np.concatenate([tiles, np.full((padding, 2), NO_ROW, dtype=np.int32)])
+    def prefill_workspace(self) -> PrefillWorkspace:
+        """A workspace whose floats are NaN, so that what was not written this time shows."""
+        _, num_q_heads, head_dim = self.q.shape
+        heads = (num_q_heads, self.k_cache.shape[2])
+        two_bytes = torch.float16  # its tiles are the largest, and tests take any with fp32 too
+        workspace = prefill_workspace(*heads, head_dim, two_bytes, self.q.device)
+        workspace.partials.fill_(torch.nan)
+        workspace.lse.fill_(torch.nan)
+        return workspace
+
+    def tiles(self, tile_tokens: int, padding: int = 1, **options: int) -> Tensor:
+        """The rows' tiles, and some that pad them; options as `prefill_tiles` has them."""
+        tiles = prefill_tiles(self.query_lens, tile_tokens, self.context_lens.tolist(), **options)
+        tiles = np.concatenate([tiles, np.full((padding, tiles.shape[1]), NO_ROW, dtype=np.int32)])
         return torch.from_numpy(tiles).to(self.q.device)
 
     def expected(self) -> Tensor:
@@ -166,7 +183,7 @@ def test_the_decode_twin_agrees_with_float64(heads):
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (5, 1)], ids=str)
 def test_the_prefill_twin_agrees_with_float64(heads):
     case = make_paged(**MIXED, heads=heads, padding_tokens=2)
-    *args, _, scale = case.prefill_args(case.tiles(4))
+    *args, _, scale, _ = case.prefill_args(case.tiles(4))
     torch.testing.assert_close(
         paged_prefill_reference(*args, scale).double(), case.expected(), rtol=1e-5, atol=1e-5
     )
@@ -190,16 +207,117 @@ def test_tiles_hold_every_token_once(tile_tokens):
     assert tiles.dtype == np.int32
     held = sorted(
         (row, token)
-        for row, first in tiles.tolist()
+        for row, first, *_ in tiles.tolist()
         for token in range(first, min(first + tile_tokens, lengths[row]))
     )
     assert held == [(row, token) for row, length in enumerate(lengths) for token in range(length)]
 
 
 def test_tiles_of_long_contexts_come_first():
-    assert prefill_tiles([8, 1], 4).tolist() == [[0, 4], [0, 0], [1, 0]]
-    assert prefill_tiles([8, 1], 4, [8, 7]).tolist() == [[0, 4], [1, 0], [0, 0]]
-    assert prefill_tiles([], 4).shape == (0, 2)
+    whole = [0, 1, 0]
+    assert prefill_tiles([8, 1], 4).tolist() == [[0, 4, *whole], [0, 0, *whole], [1, 0, *whole]]
+    assert prefill_tiles([8, 1], 4, [8, 7]).tolist() == [[0, 4, *whole], [1, 0, *whole], [0, 0, *whole]]
+    assert prefill_tiles([], 4).shape == (0, 5)
+    assert prefill_tiles([], 4, split_places=SPLIT_PLACES).shape == (0, 5)
+
+
+def test_long_tiles_are_split_before_short_ones_are_worked_on():
+    tiles = prefill_tiles([8, 1, 1], 4, [4000, 900, 2048], split_places=SPLIT_PLACES)
+    assert tiles.tolist() == [
+        *([0, 4, split, 3, 0] for split in range(3)),
+        *([0, 0, split, 3, 3] for split in range(3)),
+        *([2, 0, split, 2, 6] for split in range(2)),
+        [1, 0, 0, 1, 0],
+    ]
+
+
+def drawn_rows(seed):
+    """Up to 90 rows, many of one token, of contexts of all orders of magnitude."""
+    random = np.random.default_rng(seed)
+    count = random.integers(1, 90)
+    lengths = np.where(random.random(count) < 0.7, 1, random.integers(1, 300, count))
+    return lengths, lengths + (2 ** random.uniform(0, 15, count)).astype(int) - 1
+
+
+def split_ranges(before, end, splits, block_n):
+    """What the kernel derives of a tile: each split's positions without a mask, and those with one."""
+    steps = (before + 1) // block_n
+    ends = [split * steps // splits * block_n for split in range(splits + 1)]
+    return [*pairwise(ends)], (ends[-1], end)
+
+
+@pytest.mark.parametrize("min_split", [1, 40, 1024])
+@pytest.mark.parametrize("seed", range(20))
+def test_splits_share_a_tile_and_its_place(seed, min_split):
+    lengths, contexts = drawn_rows(seed)
+    tile_tokens, places = (1, 4, 7, 32)[seed % 4], (SPLIT_PLACES, 7)[seed % 2]
+    tiles = prefill_tiles(lengths, tile_tokens, contexts, split_places=places, min_split=min_split)
+    taken, work = [], []
+    found = iter(tiles.tolist())
+    for row, first, split, splits, place in found:
+        assert split == 0
+        assert 1 <= splits <= MAX_SPLITS
+        assert [next(found) for _ in range(1, splits)] == [
+            [row, first, other, splits, place] for other in range(1, splits)
+        ]
+        before = contexts[row] - lengths[row] + first
+        end = min(before + tile_tokens, contexts[row])
+        work += [end / splits] * splits
+        if splits > 1:
+            taken += range(place, place + splits)
+            assert end // splits >= min_split
+            for block_n in (16, 32, 64):
+                free, masked = split_ranges(before, end, splits, block_n)
+                assert all(start < stop for start, stop in (*free, masked))
+                assert (free[0][0], masked[0] <= before + 1) == (0, True)
+    assert sorted(taken) == list(range(len(taken)))
+    assert len(taken) <= places
+    assert work == sorted(work, reverse=True)
+    whole = tiles[tiles[:, 2] == 0][:, :2]
+    assert sorted(whole.tolist()) == sorted(prefill_tiles(lengths, tile_tokens)[:, :2].tolist())
+
+
+def test_every_reach_leaves_a_step_to_each_split():
+    for reach in range(1, 20000, 7):
+        for tokens in (1, 64):
+            row = [min(tokens, reach)], tokens, [reach]
+            splits = prefill_tiles(*row, split_places=SPLIT_PLACES)[0, 3]
+            assert splits == np.clip(reach // 1024, 1, MAX_SPLITS)
+            assert splits == 1 or (reach - tokens + 1) // SPLIT_STEP >= splits
+
+
+def test_only_tiles_that_others_would_wait_for_are_split():
+    def splits(lengths, contexts):
+        tiles = prefill_tiles(lengths, 32, contexts, split_places=SPLIT_PLACES)
+        return {row: count for row, _, _, count, _ in tiles.tolist()}
+
+    assert splits([1] * 64, [16384] * 64) == dict.fromkeys(range(64), 1)
+    mixed = splits([1] * 64 + [32], [1100] * 64 + [16384])
+    assert mixed == dict.fromkeys(range(64), 1) | {64: 12}
+    assert set(prefill_tiles([64], 4, [16384])[:, 3]) == {1}
+
+
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize("heads", [(16, 8), (8, 8), (32, 8), (5, 1), (48, 1), (128, 1)], ids=str)
+def test_the_workspace_fits_all_tiles(heads, dtype):
+    group = heads[0] // heads[1]
+    space = prefill_workspace(*heads, 128, dtype, torch.device("meta"))
+    assert space.arrivals.numel() == SPLIT_PLACES * heads[1]
+    for tokens in (1, 64, 256, 1024, 4096, 16384):
+        tile_tokens = tile_tokens_for(*heads, tokens, dtype)
+        places = split_places_for(tile_tokens, group)
+        assert space.lse.numel() >= places * heads[1] * tile_tokens * group
+        assert places in (0, SPLIT_PLACES)
+    assert space.partials.numel() == space.lse.numel() * 128
+    assert space.partials.numel() * 4 <= 2**21 * heads[1]
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
+def test_no_chosen_step_is_longer_than_a_split_may_be(architecture):
+    for block_m in (16, 32, 64):
+        for head_dim in (64, 128, 256):
+            for dtype in ERROR:
+                assert prefill_plan(block_m, head_dim, dtype, architecture).block_n <= SPLIT_STEP
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -305,11 +423,12 @@ def test_prefill_with_blocks_of_any_size(block_size, overlap):
 @pytest.mark.gpu
 def test_a_captured_prefill_serves_other_rows():
     full = make_paged([64, 64, 64], [900, 64, 300], (16, 8), 128, torch.bfloat16, device="cuda")
-    tiles = torch.full((14, 2), NO_ROW, dtype=torch.int32, device="cuda")
-    paged_prefill(*full.prefill_args(tiles), tile_tokens=32)
+    tiles = torch.full((14, 5), NO_ROW, dtype=torch.int32, device="cuda")
+    args = full.prefill_args(tiles)
+    paged_prefill(*args, tile_tokens=32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = paged_prefill(*full.prefill_args(tiles), tile_tokens=32)
+        got = paged_prefill(*args, tile_tokens=32)
     for lengths, contexts in (([1, 60, 100], [500, 60, 200]), ([64, 64, 64], [900, 64, 300])):
         starts = [0, *accumulate(lengths)]
         full.query_starts.copy_(torch.tensor(starts))
@@ -320,3 +439,59 @@ def test_a_captured_prefill_serves_other_rows():
         graph.replay()
         written = starts[-1]
         assert rms_relative_error(got[:written], full.expected()[:written]) <= ERROR[torch.bfloat16]
+
+
+LATE = {  # chunks at the end of long contexts, alone and beside decode rows
+    "64 of 16384": ([64], [16384]),
+    "32 rows + 64 of 12000": ([1] * 32 + [64], [500 + 3500 * row // 31 for row in range(32)] + [12000]),
+    "64 of 12001 and 5 of 5000": ([64, 5], [12001, 5000]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", LATE)
+@pytest.mark.parametrize("heads", [(16, 8), (32, 8), (8, 8), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_split_prefill_agrees_with_float64(rows, heads, dtype, block_m):
+    case = make_paged(*LATE[rows], heads, 128, dtype, device="cuda")
+    if dtype == torch.float32:
+        block_m = min(block_m, 32)
+    tile_tokens = max(1, block_m * heads[1] // heads[0])
+    tiles = case.tiles(tile_tokens, split_places=SPLIT_PLACES)
+    assert (tiles[:, 3] > 1).any()
+    workspace = case.prefill_workspace()
+    args = case.prefill_args(tiles, workspace)
+    got = paged_prefill(*args, tile_tokens=tile_tokens)
+    assert rms_relative_error(got, case.expected()) <= ERROR[dtype]
+    for _ in range(10):
+        assert torch.equal(paged_prefill(*args, tile_tokens=tile_tokens, overlap=True), got)
+    assert (workspace.arrivals == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_captured_prefill_serves_other_splits(dtype):
+    case = make_paged([1, 60, 3], [4000, 12000, 9000], (16, 8), 128, dtype, device="cuda")
+    tiles = torch.full((20 + SPLIT_PLACES, 5), NO_ROW, dtype=torch.int32, device="cuda")
+    workspace = case.prefill_workspace()
+    args = case.prefill_args(tiles, workspace)
+    paged_prefill(*args, tile_tokens=8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):  # launches that share a workspace, as the layers of a model do
+            got = paged_prefill(*args, tile_tokens=8, overlap=True)
+    for lengths, contexts in (
+        ([1, 60, 3], [4000, 12000, 9000]),
+        ([30, 30, 4], [2500, 700, 9000]),
+        ([1, 1, 62], [1, 2, 62]),
+        ([62, 1, 1], [3900, 12000, 1]),
+    ):
+        case.query_starts.copy_(torch.tensor([0, *accumulate(lengths)]))
+        case.context_lens.copy_(torch.tensor(contexts))
+        cut = torch.from_numpy(prefill_tiles(lengths, 8, contexts, split_places=SPLIT_PLACES))
+        tiles.fill_(NO_ROW)
+        tiles[: len(cut)] = cut.cuda()
+        graph.replay()
+        assert rms_relative_error(got, case.expected()) <= ERROR[dtype]
+        assert (workspace.arrivals == 0).all()

@@ -60,7 +60,7 @@ def make_batch(
     for row, table in zip(rows, tables, strict=True):
         ids = range(row.start + row.count)
         seats.seat([Seating(row.seat, ids, len(ids), table, SamplingParams())])
-    shape = shape or StepShape(num_tokens, len(rows), 1 + len(rows), num_tokens)
+    shape = shape or StepShape(num_tokens, len(rows), len(rows), num_tokens)
     inputs = StepInputs(seats, block_size, shape.num_tokens, shape.num_rows)
     batch = inputs.load(rows, KernelMode.FUSED, shape)
     inputs.expand(batch)

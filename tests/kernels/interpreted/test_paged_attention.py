@@ -12,7 +12,7 @@ from fusewire.kernels.paged_decode import (
     launch_decode,
     paged_decode,
 )
-from fusewire.kernels.paged_prefill import PrefillPlan, launch_prefill, paged_prefill
+from fusewire.kernels.paged_prefill import SPLIT_PLACES, PrefillPlan, launch_prefill, paged_prefill
 from tests.kernels.cases import sparse_zeros
 from tests.kernels.test_paged_attention import MIXED, PagedCase, decode_case, make_paged
 
@@ -40,10 +40,25 @@ def check_decode(case: PagedCase, plan: DecodePlan = PLAN) -> torch.Tensor:
 
 
 def check_prefill(case: PagedCase, tile_tokens: int, plan: PrefillPlan = STEPS) -> None:
-    args = case.prefill_args(case.tiles(tile_tokens))
+    check_tiles(case, case.tiles(tile_tokens), tile_tokens, plan)
+
+
+def check_tiles(case: PagedCase, tiles: torch.Tensor, tile_tokens: int, plan: PrefillPlan = STEPS) -> None:
+    workspace = case.prefill_workspace()
+    args = case.prefill_args(tiles, workspace)
     got = launch_prefill(*args, plan, tile_tokens=tile_tokens)
     written = sum(case.query_lens)
     torch.testing.assert_close(got[:written].double(), case.expected()[:written], **TOLERANCE[got.dtype])
+    assert (workspace.arrivals == 0).all()
+
+
+def check_splits(
+    case: PagedCase, tile_tokens: int, *splits: int, min_split: int = 64, plan: PrefillPlan = STEPS
+) -> None:
+    """Check a case whose tiles, longest first, must come to be split so."""
+    tiles = case.tiles(tile_tokens, split_places=SPLIT_PLACES, min_split=min_split)
+    assert tiles[tiles[:, 2] == 0][:, 3].tolist() == list(splits)
+    check_tiles(case, tiles, tile_tokens, plan)
 
 
 @pytest.mark.parametrize("lengths", [[1, 15, 16, 17], [31, 32, 33, 64], [65, 96, 97, 130]], ids=str)
@@ -145,9 +160,49 @@ def test_prefill_in_half_precision():
     check_prefill(make_paged([9, 1], [40, 20], dtype=torch.float16), 4)
 
 
+@pytest.mark.parametrize(("heads", "tile_tokens"), [((2, 2), 16), ((4, 2), 8), ((4, 1), 4)], ids=str)
+def test_splits_for_groups_of_heads(heads, tile_tokens):
+    check_splits(make_paged([tile_tokens], [210], heads), tile_tokens, 3)
+
+
+@pytest.mark.parametrize("length", [128, 130, 191, 192, 193, 207, 208, 209])
+def test_splits_at_the_edges_of_steps(length):
+    check_splits(make_paged([1], [length]), 8, length // 64)
+
+
+@pytest.mark.parametrize("block_n", [16, 32, 64])
+def test_a_split_of_one_step(block_n):
+    plan = replace(STEPS, block_n=block_n)
+    check_splits(make_paged([8], [263]), 8, 4, min_split=1, plan=plan)
+
+
+def test_split_and_whole_tiles_of_decode_rows_and_chunks_in_one_launch():
+    case = make_paged([1, 11, 1, 3], [150, 210, 40, 3], padding_tokens=2)
+    check_splits(case, 8, 1, 2, 2, 1, 1, min_split=100)
+
+
+def test_splits_of_a_site_with_odd_sizes():
+    case = make_paged([5, 1], [140, 133], (5, 1), 24, block_size=5)
+    check_splits(case, 3, 2, 2, 2)
+    check_splits(make_paged([9], [140], dtype=torch.float16), 5, 2, 2)
+
+
+def test_tokens_of_split_tiles_only_are_written():
+    case = make_paged([3], [150], padding_tokens=4)
+    poisoned = replace(case, q=case.q.index_fill(0, torch.arange(3, 7), torch.nan))
+    check_splits(poisoned, 8, 2)
+
+
+def test_replays_of_splits_give_the_same_bits():
+    case = make_paged([5], [270])
+    args = case.prefill_args(case.tiles(8, split_places=SPLIT_PLACES, min_split=64))
+    first = launch_prefill(*args, STEPS, tile_tokens=8)
+    assert torch.equal(launch_prefill(*args, STEPS, tile_tokens=8), first)
+
+
 def test_tokens_of_padding_tiles_are_left():
     case = make_paged([3], [20])
-    tiles = torch.tensor([[-1, 0], [-1, -1]], dtype=torch.int32)
+    tiles = torch.tensor([[-1, 0, 0, 1, 0], [-1] * 5], dtype=torch.int32)
     launch_prefill(*case.prefill_args(tiles), STEPS, tile_tokens=4)  # NaN or strays would raise
     assert launch_prefill(*case.prefill_args(tiles[:0]), STEPS, tile_tokens=4).shape == case.q.shape
 
@@ -179,5 +234,9 @@ def test_arguments_that_do_not_fit_are_refused():
         paged_decode(*args, 1.0, replace(workspace, partials=workspace.partials[:4]))
     with pytest.raises(ValueError, match="tiles"):
         paged_prefill(*case.prefill_args(case.tiles(4)[:, :1]), tile_tokens=4)
+    space = case.prefill_workspace()
+    space = replace(space, partials=space.partials[:4])
+    with pytest.raises(ValueError, match=r"workspace\.partials"):
+        paged_prefill(*case.prefill_args(case.tiles(4), space), tile_tokens=4)
     with pytest.raises(ValueError, match="tile_tokens"):
         paged_prefill(*case.prefill_args(case.tiles(4)), tile_tokens=0)
