@@ -170,7 +170,10 @@ class ModelRunner:
         return backend_name(mode, self._device)
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
-        """Name the implementation that runs a step of so many tokens."""
+        """Name the implementation that runs a step of so many tokens, which may be padded to run as more."""
+        if self._graphs is not None:
+            shape = self._graphs.smallest(num_tokens, 1, is_decode=False)
+            num_tokens = _padded(num_tokens) if shape is None else shape.num_tokens
         return self._model.site.backend(mode, num_tokens)
 
     # ---- steps ----

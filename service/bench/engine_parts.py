@@ -189,10 +189,10 @@ class Bench:
         session, sizes = self._session, self._sizes
         answer = session.context_length - sizes.prompt
         running = [session.request(self._draw(sizes.prompt), answer) for _ in range(streams)]
+        late = session.request(self._draw(long_prompt), 1)  # drawn now, for nobody steps the engine meanwhile
         session.submit(running)
         session.step_until(lambda: all(len(stream.times) > sizes.quiet_steps for stream in running))
         started_at = max(stream.times[0] for stream in running)
-        late = session.request(self._draw(long_prompt), 1)
         arrived = session.submit([late])
         session.step_until(lambda: bool(late.times))
         session.cancel()

@@ -16,11 +16,14 @@ FIRST_CHUNK = 256
 MIN_CHUNK = 64
 """Prefill tokens of a mixed step at least, so that prompts always advance."""
 DECODE_WEIGHT = 0.2
-"""What the newest pure decode step counts against those before it."""
+"""What the newest pure decode step counts against those before it, if it was quicker."""
+SLOWER_DECODE_WEIGHT = 0.02
+"""The same if it was slower: the host may have stalled, as it does when a long prompt arrives, and no pure
+decode step comes to correct it while that is prefilled. Contexts grow slowly."""
 PREFILL_WEIGHT = 0.25
 """What the newest mixed step counts against those before it."""
-OUTLIER = 4.0
-"""A decode step counts as at most this many times what was expected: the host may have stalled."""
+OUTLIER = 2.0
+"""A decode step counts as at most this many times what was expected."""
 
 
 @dataclass(slots=True)
@@ -120,4 +123,5 @@ class StepTimes:
     def _learn_decode(self, mode: KernelMode, decodes: int, seconds: float) -> None:
         key = mode, decodes.bit_length()
         known = self._decode.get(key, seconds)
-        self._decode[key] = known + DECODE_WEIGHT * (min(seconds, OUTLIER * known) - known)
+        weight = DECODE_WEIGHT if seconds < known else SLOWER_DECODE_WEIGHT
+        self._decode[key] = known + weight * (min(seconds, OUTLIER * known) - known)

@@ -91,3 +91,18 @@ def test_modes_are_learned_apart() -> None:
             times.learn(mode, 8, 512, 256.0, 0.01 + 512 * token)
     assert times.chunk(KernelMode.FUSED, 8, 0) == pytest.approx(1000, rel=0.05)
     assert times.chunk(KernelMode.UNFUSED, 8, 0) == pytest.approx(200, rel=0.05)
+
+
+def test_a_stall_as_a_long_prompt_arrives_does_not_stretch_every_step_of_its_prefill() -> None:
+    """No pure decode step corrects what is known of them while a prompt is prefilled."""
+    decode, growth, start, durations = 1.35e-3, 1.8, 0, []
+    times = StepTimes(growth)
+    for _ in range(140):
+        times.learn(MODE, 32, 0, 0.0, decode)
+    times.learn(MODE, 32, 0, 0.0, 5 * decode)
+    while start < 16384:
+        chunk = times.chunk(MODE, 32, start)
+        durations.append(decode + 0.3e-3 + chunk * 4e-6)
+        times.learn(MODE, 32, chunk, start + chunk / 2, durations[-1])
+        start += chunk
+    assert max(durations[8:]) <= 1.1 * growth * decode
