@@ -105,6 +105,7 @@ class TritonAttention:
         self._scale = config.head_dim**-0.5
         self._heads = config.num_heads, config.num_kv_heads
         self._dtype = dtype
+        self._cudnn = dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self._decode_workspace = decode_workspace(max_rows, *heads, device)
         self._prefill_workspace = prefill_workspace(*heads, dtype, device)
@@ -123,7 +124,7 @@ class TritonAttention:
 
     def warm_up(self, lengths: Sequence[int], cache: LayerCache) -> None:
         """Let cuDNN build its plans for whole prompts of so many tokens, which takes 50 ms each."""
-        for length in lengths:
+        for length in lengths if self._cudnn else ():
             q = torch.zeros(
                 length, self._heads[0], cache.k.shape[3], dtype=self._dtype, device=cache.k.device
             )
@@ -131,9 +132,9 @@ class TritonAttention:
             _attend_whole(q, cache, slots, self._scale)
 
     def _takes_whole(self, batch: ForwardBatch) -> bool:
-        """Whether the step is one whole prompt that cuDNN is faster with."""
+        """Whether the step is one whole prompt that cuDNN knows and is faster with."""
         whole = len(batch.query_lens) == 1 and batch.query_lens == batch.context_lens
-        return whole and batch.query_lens[0] >= LONG_PROMPT and self._dtype.itemsize == 2
+        return whole and batch.query_lens[0] >= LONG_PROMPT and self._cudnn
 
 
 class _TritonStep:

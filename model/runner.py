@@ -44,7 +44,7 @@ _WIDEST = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, log
 
 _MOST = MappingProxyType({"cuda": (256, 16384), "cpu": (64, 2048)})
 """Rows and tokens of the largest step where options do not say."""
-_GRAPH_BYTES = 1 << 30
+_GRAPH_BYTES = 3 << 29
 """GPU memory set aside for CUDA graphs; what they take is in the start report."""
 _TOKEN_MULTIPLE = 64
 """Steps without a graph are padded to a multiple of so many tokens, which products run better with."""
@@ -238,19 +238,16 @@ class ModelRunner:
         """Choose the shape to run a step in: a captured one, or its own."""
         num_rows, num_tokens = len(step.rows), step.num_tokens
         is_decode = num_tokens == num_rows and all(row.samples for row in step.rows)
-        if self._graphs is None:
-            return (
-                self._decode_shape(num_rows)
-                if is_decode
-                else self._attention.chunk_shape(num_tokens, num_rows)
-            )
-        captured = self._graphs.smallest(num_tokens, num_rows, is_decode=is_decode)
-        if captured is not None:
-            return captured
+        if self._graphs is not None:
+            captured = self._graphs.smallest(num_tokens, num_rows, is_decode=is_decode)
+            if captured is not None:
+                return captured
         if is_decode:
             return self._decode_shape(num_rows)
-        is_prompt = num_rows == 1 and step.rows[0].start == 0
-        return self._attention.chunk_shape(_padded(num_tokens, is_prompt=is_prompt), num_rows)
+        if self._device.type == "cuda":
+            is_prompt = num_rows == 1 and step.rows[0].start == 0
+            num_tokens = _padded(num_tokens, is_prompt=is_prompt)
+        return self._attention.chunk_shape(num_tokens, num_rows)
 
     def _decode_shape(self, num_rows: int) -> StepShape:
         return StepShape(num_rows, num_rows)
@@ -291,7 +288,8 @@ class ModelRunner:
 
     def _long_prompts(self) -> list[int]:
         """Tokens that whole prompts without a graph are padded to."""
-        lengths = range(PREFILL_TOKENS[-1] + 1, self.max_step_tokens + 1, _TOKEN_MULTIPLE)
+        longest = min(self.max_step_tokens, self.context_length)
+        lengths = range(PREFILL_TOKENS[-1] + 1, longest + 1, _TOKEN_MULTIPLE)
         return sorted({_padded(length, is_prompt=True) for length in lengths})
 
     @torch.inference_mode()
