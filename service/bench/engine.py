@@ -5,22 +5,17 @@ line; torch is loaded only to measure. Answers go to standard output, progress t
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusewire.service.bench import engine_page, engine_results, engine_table
+from fusewire.service.bench import engine_page, engine_results, engine_table, results
+from fusewire.service.bench.command import exit_status
 from fusewire.service.bench.engine_options import EngineBenchOptions, add_arguments, read_options
 from fusewire.service.bench.engine_results import EngineFailed, Run, Saved, Yardstick
 from fusewire.service.bench.options import OptionError
-from fusewire.service.bench.results import ResultsError
 from fusewire.service.config import ConfigError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,24 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusewire bench engine", allow_abbrev=False)
     add_arguments(parser)
     options = read_options(parser.parse_args(argv))
-    try:
-        _run(options)
-        sys.stdout.flush()
-    except (OptionError, ConfigError, ResultsError) as error:
-        return _fail(error, EXIT_USAGE)
-    except EngineFailed as error:
-        return _fail(error, EXIT_FAILED)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # nobody reads the output any more; let the last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    return 0
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"fusewire: {error}", file=sys.stderr)
-    return status
+    return exit_status(lambda: _run(options))
 
 
 def _run(options: EngineBenchOptions) -> None:
@@ -54,7 +32,7 @@ def _run(options: EngineBenchOptions) -> None:
     if options.page is not None:
         _write_page(found, options.page)
     if options.json:
-        print("\n".join(engine_results.to_json(saved) for saved in found))
+        print("\n".join(results.to_json(saved) for saved in found))
         return
     yardsticks = [saved for saved in found if isinstance(saved, Yardstick)]
     print("\n\n\n".join(engine_table.as_text(saved, yardsticks) for saved in found))
@@ -83,7 +61,7 @@ def _save(run: Run, options: EngineBenchOptions) -> None:
     if options.out is None:
         return
     try:
-        engine_results.save(run, options.out)
+        results.save(run, options.out)
     except OSError as error:
         raise OptionError(f"--out: {options.out}: cannot be written: {error}") from error
 

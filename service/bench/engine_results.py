@@ -12,14 +12,15 @@ from pathlib import Path
 
 import msgspec
 
-from fusewire.service.bench.results import ResultsError
+from fusewire.service.bench.command import BenchmarkFailed
+from fusewire.service.bench.results import load_as
 
 RUN_FORMAT = "fusewire-bench-engine-1"
 YARDSTICK_FORMAT = "fusewire-yardstick-transformers-1"
 PROFILE_FORMAT = "fusewire-decode-profile-1"
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(BenchmarkFailed):
     """The engine did not start or did not do what it was asked; the message says what."""
 
 
@@ -264,23 +265,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ranked[max(0, math.ceil(len(ranked) * percent / 100) - 1)]
 
 
-def to_json(saved: Saved) -> str:
-    """Spell it as one JSON object on one line."""
-    return msgspec.json.encode(saved).decode()
-
-
-def save(saved: Saved, path: Path) -> None:
-    """Write it to a file, indented, replacing what was there."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
-
-
 def load(path: Path) -> Saved:
-    """Read a saved file of any of the three kinds.
-
-    Raises:
-        ResultsError: if the file cannot be read or is none of them.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Saved)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ResultsError(f"{path}: is no saved run: {error}") from error
+    """Read a saved file of any of the three kinds; raises as `fusewire.service.bench.results.load_as`."""
+    return load_as(path, Saved)

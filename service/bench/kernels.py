@@ -5,17 +5,13 @@ line; torch is loaded only to measure. Answers go to standard output, progress t
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from fusewire.service.bench import plot, results, table
+from fusewire.service.bench.command import exit_status
 from fusewire.service.bench.options import BenchOptions, OptionError, add_arguments, read_options
-from fusewire.service.bench.results import ResultsError, Run
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+from fusewire.service.bench.results import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,18 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusewire bench kernels", allow_abbrev=False)
     add_arguments(parser)
     options = read_options(parser.parse_args(argv))
-    try:
-        _run(options)
-        sys.stdout.flush()
-    except (OptionError, ResultsError) as error:
-        print(f"fusewire: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # nobody reads the output any more; let the last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    return 0
+    return exit_status(lambda: _run(options))
 
 
 def _run(options: BenchOptions) -> None:

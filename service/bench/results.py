@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
@@ -145,23 +145,28 @@ class Run(msgspec.Struct, kw_only=True, tag_field="format", tag=FORMAT):
     forwards: list[Forward] = []
 
 
-def to_json(run: Run) -> str:
-    """Spell a run as one JSON object on one line."""
-    return msgspec.json.encode(run).decode()
+def to_json(saved: msgspec.Struct) -> str:
+    """Spell what a benchmark found as one JSON object on one line."""
+    return msgspec.json.encode(saved).decode()
 
 
-def save(run: Run, path: Path) -> None:
-    """Write a run to a file, indented, replacing what was there."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+def save(saved: msgspec.Struct, path: Path) -> None:
+    """Write it to a file, indented, replacing what was there."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
 
 
 def load(path: Path) -> Run:
-    """Read a saved run.
+    """Read a saved run of `fusewire bench kernels`; raises as `load_as`."""
+    return load_as(path, Run)
+
+
+def load_as(path: Path, kind: Any) -> Any:
+    """Read a saved file of a kind, a struct or a union of them.
 
     Raises:
-        ResultsError: if the file cannot be read or is no saved run.
+        ResultsError: if the file cannot be read or is nothing of the kind.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Run)
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError) as error:
         raise ResultsError(f"{path}: is no saved run: {error}") from error

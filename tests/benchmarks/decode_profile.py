@@ -25,9 +25,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusewire.service.bench.engine_options import EngineBenchOptions
-from fusewire.service.bench.engine_results import Gap, GapBin, KernelShare, Profile, StepProfile, save
+from fusewire.service.bench.engine_results import Gap, GapBin, KernelShare, Profile, StepProfile
 from fusewire.service.bench.engine_session import Session, environment, locate_model
 from fusewire.service.bench.engine_table import profile_text
+from fusewire.service.bench.results import save
 
 COMMAND = "python -m tests.benchmarks.decode_profile --model FOLDER"
 PROMPT_TOKENS = 128

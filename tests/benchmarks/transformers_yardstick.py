@@ -17,9 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fusewire.model import demo
-from fusewire.service.bench.engine_results import Decode, Prefill, Yardstick, save
+from fusewire.service.bench.engine_results import Decode, Prefill, Yardstick
 from fusewire.service.bench.engine_session import environment, model_shape
 from fusewire.service.bench.engine_table import yardstick_text
+from fusewire.service.bench.results import save
 
 ATTENTION = "sdpa"
 PROMPT_TOKENS = 128

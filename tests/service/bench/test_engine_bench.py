@@ -27,9 +27,9 @@ from fusewire.service.bench.engine_results import (
     Yardstick,
     load,
     percentile,
-    save,
 )
 from fusewire.service.bench.engine_table import as_text
+from fusewire.service.bench.results import save
 
 H100 = "NVIDIA H100 80GB HBM3"
 TINY = ("--device", "cpu", "--repeats", "1", "--requests", "3", "--max-running", "4", "--max-context", "1024")
