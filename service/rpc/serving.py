@@ -248,7 +248,8 @@ class Serving:
         left = self.live
         if left:
             log.warning("ending %d requests that still run after %g s", left, seconds)
-            self.engine.end_all("time_limit")
+            for request in (*self._waiting.values(), *self._running.values()):  # no other front end's
+                self.engine.finish(request.request_id, "time_limit")
             await self._wait_until_idle(END_SECONDS)
         return DrainResult(finished=before - left, ended=left)
 
