@@ -38,6 +38,8 @@ from fusewire.kernels.paged_decode import (
 
 NO_ROW = -1
 """The row of a tile that pads a launch: nothing is read or written for it."""
+TILE_WORDS = 5
+"""Columns of the tiles, see `prefill_tiles`."""
 SPLIT_PLACES = 64
 """The most splits of a launch together: with 8 kv heads, 4 programs for each multiprocessor of an H100."""
 MAX_SPLITS = 16
@@ -409,7 +411,7 @@ def _check_prefill(
     check_tensor("row_seats", seats, (rows,), torch.int32, tokens.device)
     check_tensor("query_starts", Layout(*query_starts), (rows + 1,), torch.int32, tokens.device)
     check_tensor("context_lens", Layout(*context_lens), (rows,), torch.int32, tokens.device)
-    check_tensor("tiles", cut, (len(cut), 5), torch.int32, tokens.device)
+    check_tensor("tiles", cut, (len(cut), TILE_WORDS), torch.int32, tokens.device)
     if tile_tokens < 1:
         raise ValueError(f"tile_tokens: must be at least 1, got {tile_tokens}")
 

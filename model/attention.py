@@ -22,11 +22,12 @@ from fusewire.kernels.paged_prefill import (
     tile_tokens_for,
 )
 from fusewire.model.config import ModelConfig, ModelError
+from fusewire.model.cuda_graphs import PREFILL_TOKENS
 from fusewire.model.device import to_device
 from fusewire.model.forward_batch import ForwardBatch, StepShape
 from fusewire.model.kv_cache import LayerCache
 
-LONG_PROMPT = 2049
+LONG_PROMPT = PREFILL_TOKENS[-1] + 1
 """Tokens from which on a whole prompt is cuDNN's; a step of fewer is captured in a graph."""
 SHORT_CONTEXT = 1024
 """Tokens of contexts up to which the paged kernel takes them as short."""

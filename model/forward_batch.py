@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.kernels.paged_prefill import SPLIT_PLACES, prefill_tiles
+from fusewire.kernels.paged_prefill import SPLIT_PLACES, TILE_WORDS, prefill_tiles
 from fusewire.kernels.step_inputs import expand_inputs
 from fusewire.model.batch import Row
 from fusewire.model.seats import SeatTable
 
 _ALIGNMENT = 32
 """Elements (128 bytes): kernels specialise on aligned pointers, so every section starts on one."""
-_PINNED_BUFFERS = 4
+_BUFFERS = 4
 """Steps whose packed inputs may be on their way at once; more would wait for the oldest."""
 
 
@@ -79,7 +79,6 @@ class ForwardBatch:
     """int32 [S], the position that the choice takes in its sequence."""
 
 
-TILE_WORDS = 5
 _PER_TOKEN = ("token_seats", "token_positions", "new_blocks")
 _PER_ROW = ("row_seats", "row_contexts", "logit_rows", "sample_seats", "sample_lengths")
 
@@ -116,8 +115,7 @@ class StepInputs:
         self._ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self._positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self._slots = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-        count = _PINNED_BUFFERS if device.type == "cuda" else 0
-        self._pinned = [_PinnedBuffer(words) for _ in range(count)]
+        self._buffers = [_HostBuffer(words, device) for _ in range(_BUFFERS)]
         self._turn = 0
         self._views = lru_cache(maxsize=1024)(self._make_views)
 
@@ -130,12 +128,13 @@ class StepInputs:
             ValueError: if the shape is too small for the rows.
         """
         places, words = _sections(shape)
-        packed, buffer = self._take_buffer(words)
-        query_lens, context_lens, num_samples = _pack(rows, shape, places, packed, self._seats.num_seats)
-        self._packed[:words].copy_(torch.from_numpy(packed) if buffer is None else buffer.tensor[:words],
-                                   non_blocking=True)  # fmt: skip
-        if buffer is not None:
-            buffer.sent.record()
+        buffer = self._buffers[self._turn]
+        self._turn = (self._turn + 1) % len(self._buffers)
+        buffer.wait()
+        query_lens, context_lens, num_samples = _pack(
+            rows, shape, places, buffer.array[:words], self._seats.num_seats
+        )
+        buffer.send(self._packed[:words])
         batch = self._views(mode, shape, num_samples)
         return replace(batch, query_lens=query_lens, context_lens=context_lens)
 
@@ -147,14 +146,6 @@ class StepInputs:
             seats, positions, new_blocks, self._seats.tokens, self._seats.block_tables,
             self._block_size, batch.input_ids, batch.positions, batch.slots,
         )  # fmt: skip
-
-    def _take_buffer(self, words: int) -> "tuple[np.ndarray, _PinnedBuffer | None]":
-        if not self._pinned:
-            return np.empty(words, dtype=np.int32), None
-        buffer = self._pinned[self._turn]
-        self._turn = (self._turn + 1) % len(self._pinned)
-        buffer.sent.synchronize()
-        return buffer.array[:words], buffer
 
     def _make_views(self, mode: KernelMode, shape: StepShape, num_samples: int) -> ForwardBatch:
         """The tensors of a step, its lengths on the host left open."""
@@ -180,13 +171,25 @@ class StepInputs:
         )
 
 
-class _PinnedBuffer:
-    """Host memory that the device copies from, and the event after which it may be written again."""
+class _HostBuffer:
+    """Memory of the host that a device copies from, pinned and sent without waiting where that is a GPU."""
 
-    def __init__(self, words: int) -> None:
-        self.tensor = torch.zeros(words, dtype=torch.int32, pin_memory=True)
-        self.array = self.tensor.numpy()
-        self.sent = torch.cuda.Event()
+    def __init__(self, words: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._tensor = torch.zeros(words, dtype=torch.int32, pin_memory=on_gpu)
+        self._sent = torch.cuda.Event() if on_gpu else None
+        self.array = self._tensor.numpy()
+
+    def wait(self) -> None:
+        """Wait until what was sent last has been copied, so that it may be overwritten."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def send(self, target: Tensor) -> None:
+        """Copy the first words to the target, which is as long as they are."""
+        target.copy_(self._tensor[: len(target)], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
 
 def _pack(
@@ -209,15 +212,14 @@ def _pack(
         section[: len(values)] = values
         section[len(values) :] = padding
 
-    if num_tokens == count:
-        token_seats, positions, firsts = seats, starts, None
-    else:
-        firsts = np.repeat(np.arange(count), counts)
-        token_seats = seats[firsts]
-        positions = np.arange(num_tokens, dtype=np.int32) + (starts - ends + counts)[firsts]
+    token_seats, positions = seats, starts
+    if num_tokens > count:
+        row_of = np.repeat(np.arange(count), counts)  # [T]
+        token_seats = seats[row_of]
+        positions = np.arange(num_tokens, dtype=np.int32) + (starts - ends + counts)[row_of]
     write("token_seats", token_seats, pad_seat)
     write("token_positions", positions, 0)
-    write("new_blocks", _EMPTY, -1)
+    packed[places["new_blocks"]] = -1
     packed[places["new_blocks"]][ends - 1] = np.fromiter((row.new_block for row in rows), np.int32, count)
     write("row_seats", seats, pad_seat)
     write("row_contexts", contexts, 0)
@@ -231,6 +233,3 @@ def _pack(
         tiles = prefill_tiles(counts, shape.tile_tokens, contexts, split_places=shape.split_places)
         write("tiles", tiles.ravel(), -1)
     return tuple(counts.tolist()), tuple(contexts.tolist()), int(samples.sum())
-
-
-_EMPTY = np.empty(0, dtype=np.int32)

@@ -97,7 +97,7 @@ class LaunchedStep:
     choice: Choice | None
     """None if no row samples."""
     done: torch.cuda.Event | None
-    """Recorded after the step, where there is a device to wait for."""
+    """Recorded after a step of which no choice can be awaited, where there is a device to wait for."""
 
 
 class ModelRunner:
@@ -141,8 +141,9 @@ class ModelRunner:
         max_blocks = blocks_for(self.context_length, self.block_size)
         with _out_of_memory_names("max_running, max_context", "the tables of running sequences do not fit"):
             self._seats = SeatTable(self.max_running, self.context_length, max_blocks, self._device)
-            most_tokens = self._most_tokens()
-            self._inputs = StepInputs(self._seats, self.block_size, most_tokens, self.max_running)
+            self._inputs = StepInputs(
+                self._seats, self.block_size, self._most_padded_tokens(), self.max_running
+            )
             self._sampler = Sampler(self._seats, self.config.vocab_size, self.max_running)
         self._graphs = StepGraphs() if self._device.type == "cuda" and attention.capturable else None
         self._outputs = self._allocate_outputs()
@@ -182,11 +183,11 @@ class ModelRunner:
     def launch(self, step: Step) -> LaunchedStep:
         """Start a step and return; the device takes steps in the order of their launches."""
         logits, batch = self._compute(step)
-        choice = None
-        if logits is not None:
-            sampling = [row for row in step.rows if row.samples]
-            choice = self._sampler.choose(logits, sampling, batch.sample_seats, batch.sample_lengths)
-        return LaunchedStep(step.rows, choice, self._record())
+        if logits is None:
+            return LaunchedStep(step.rows, None, self._record())
+        sampling = [row for row in step.rows if row.samples]
+        choice = self._sampler.choose(logits, sampling, batch.sample_seats, batch.sample_lengths)
+        return LaunchedStep(step.rows, choice, None)
 
     def collect(self, launched: LaunchedStep) -> list[Sampled | None]:
         """Wait for a step: an entry a row, None for rows that sample nothing."""
@@ -328,7 +329,7 @@ class ModelRunner:
 
     # ---- memory ----
 
-    def _most_tokens(self) -> int:
+    def _most_padded_tokens(self) -> int:
         """Tokens of the largest step, padded."""
         return _padded(max(self.max_step_tokens, self.max_running), is_prompt=True)
 
