@@ -138,6 +138,11 @@ class StepInputs:
         batch = self._views(mode, shape, num_samples)
         return replace(batch, query_lens=query_lens, context_lens=context_lens)
 
+    def load_padding(self, mode: KernelMode, shape: StepShape) -> ForwardBatch:
+        """Send a step of nothing but padding, all of whose rows may sample: what a graph is captured of."""
+        self.load([], mode, shape)
+        return self._views(mode, shape, shape.num_rows)
+
     def expand(self, batch: ForwardBatch) -> None:
         """Let the device look up ids, positions and slots; the first work of a forward pass."""
         places, _ = _sections(batch.shape)

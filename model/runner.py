@@ -306,7 +306,7 @@ class ModelRunner:
         with _out_of_memory_names(knobs, "the CUDA graphs do not fit beside the KV cache"):
             for shape in reversed([*decodes, *chunks]):
                 for mode in modes:
-                    batch = self._inputs.load([], mode, shape)
+                    batch = self._inputs.load_padding(mode, shape)
                     graphs.capture(mode, shape, lambda batch=batch: self._forward(batch))  # type: ignore[misc]
         self.start_report |= {
             "graphs": float(len(graphs)),

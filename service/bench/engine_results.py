@@ -238,6 +238,11 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
     """The same steps by the host's clock without the profiler."""
     busy: float
     """Share of the window in which a kernel or a copy runs."""
+    fed: float
+    """Share of the unprofiled steps whose launch was complete before the step ahead of them had ended."""
+    plain_busy: float
+    """The least share of an unprofiled step in which something runs: the window's gaps that the host does
+    not cause, and every step that was not fed counted as idle from begin to end, taken off."""
     kernels_per_step: float
     qk_kernels_per_layer: float
     top: list[KernelShare]

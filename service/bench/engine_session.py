@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 import torch
@@ -24,7 +24,7 @@ from fusewire.service.bench.engine_results import EngineFailed, Environment, Mod
 from fusewire.service.config import EngineConfig
 from fusewire.service.engine.__main__ import build, calm_garbage_collector, leave_a_core_to_the_front_end
 from fusewire.service.engine.channel import Change, Connection
-from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.engine import Engine, Runner
 from fusewire.service.messages import (
     AddRequest,
     Ended,
@@ -38,6 +38,8 @@ from fusewire.service.messages import (
 from fusewire.service.model_source import DEMO_NAME, find_folder
 
 GREEDY = SamplingParams()
+
+Watcher = TypeVar("Watcher", bound=Runner)
 
 
 @dataclass(slots=True)
@@ -148,6 +150,12 @@ class Session:
     def steps(self) -> int:
         """Steps that the engine has computed so far."""
         return self._front_end.steps
+
+    def watch(self, make: Callable[[Runner], Watcher]) -> Watcher:
+        """Put a watcher, made with the runner, between the engine and it; returns the watcher."""
+        watcher = make(self._engine._runner)
+        self._engine._runner = watcher
+        return watcher
 
     # ---- requests ----
 

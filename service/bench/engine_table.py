@@ -125,7 +125,9 @@ def step_summary(steps: StepProfile) -> str:
     """Say in a sentence how busy the device is."""
     return (
         f"decode at batch {steps.batch}, {steps.steps} steps: {steps.step_us:.1f} us a step under the "
-        f"profiler ({steps.plain_step_us:.1f} without), the GPU busy {100 * steps.busy:.1f} % of it, "
+        f"profiler, the GPU busy {100 * steps.busy:.1f} % of it; without it {steps.plain_step_us:.1f} us, "
+        f"{100 * steps.fed:.1f} % of the steps launched before the one ahead had ended, "
+        f"the GPU busy at least {100 * steps.plain_busy:.1f} %; "
         f"{steps.kernels_per_step:.1f} kernels a step, {steps.qk_kernels_per_layer:.2f} QK kernels a layer"
     )
 

@@ -6,6 +6,9 @@ Runs the engine as `fusewire bench engine` does and records some steps at each b
 profiler, device activities only; kernels inside CUDA graphs are recorded one by one. A kernel that runs
 once a step cuts the recording into steps. The share of busy time is that in which at least one kernel or
 copy runs, so a kernel that was launched early and waits for the one before it counts as running.
+
+The profiler costs the host more than some steps have, which then leaves the GPU waiting as it does not
+otherwise. So unprofiled steps are watched too: whether each was launched before the one ahead had ended.
 """
 
 import argparse
@@ -19,16 +22,19 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fusewire.kernels.modes import KernelMode
+from fusewire.model.batch import Sampled, Step
 from fusewire.service.bench.engine_options import EngineBenchOptions
 from fusewire.service.bench.engine_results import Gap, GapBin, KernelShare, Profile, StepProfile
 from fusewire.service.bench.engine_session import Session, environment, locate_model
 from fusewire.service.bench.engine_table import profile_text
 from fusewire.service.bench.results import save
+from fusewire.service.engine.engine import Runner
 
 COMMAND = "python -m tests.benchmarks.decode_profile --model FOLDER"
 PROMPT_TOKENS = 128
@@ -40,10 +46,35 @@ UNSETTLED_STEPS = 4
 """Left out at the start: the profiler's own start lets the engine's queue of steps run empty."""
 TOP = 15
 LARGEST_GAPS = 8
+HOST_GAP_US = 20.0
+"""A gap at least so long between two kernels is the host's doing, and the profiler's; see `fed`."""
 GAP_EDGES_US = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 NAME_LENGTH = 90
 DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 QK_KERNEL = re.compile(r"qk_norm|qkv_epilogue")
+
+
+class Feed:
+    """Watches a runner: of each step it launches, whether the one ahead still runs by then."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.fed: list[bool] = []
+        self._runner = runner
+        self._ahead: torch.cuda.Event | None = None
+
+    def launch(self, step: Step) -> Any:
+        launched = self._runner.launch(step)
+        if self._ahead is not None:
+            self.fed.append(not self._ahead.query())
+        self._ahead = torch.cuda.Event()
+        self._ahead.record()
+        return launched
+
+    def collect(self, launched: Any) -> list[Sampled | None]:
+        return self._runner.collect(launched)
+
+    def backend(self, mode: KernelMode, num_tokens: int) -> str:
+        return self._runner.backend(mode, num_tokens)
 
 
 class Activity(NamedTuple):
@@ -71,7 +102,12 @@ def short_name(name: str) -> str:
 
 
 def summarise(
-    activities: Sequence[Activity], batch: int, steps: int, layers: int, plain_step_us: float
+    activities: Sequence[Activity],
+    batch: int,
+    steps: int,
+    layers: int,
+    plain_step_us: float,
+    fed: float = 1.0,
 ) -> StepProfile:
     """Cut the activities into steps and sum up the whole ones.
 
@@ -81,6 +117,7 @@ def summarise(
         steps: how many there are, give or take two.
         layers: of the model.
         plain_step_us: what a step takes unprofiled.
+        fed: see `StepProfile`.
 
     Raises:
         ValueError: if no kernel runs once a step.
@@ -94,12 +131,15 @@ def summarise(
     inside = [each for each in activities if first <= each.start < last]
     gaps = find_gaps(inside, last)
     kernels = [each for each in inside if each.is_kernel]
+    own_gaps_us = sum(gap.us for gap in gaps if gap.us < HOST_GAP_US) / whole
     return StepProfile(
         batch=batch,
         steps=whole,
         step_us=(last - first) / whole,
         plain_step_us=plain_step_us,
         busy=1 - sum(gap.us for gap in gaps) / (last - first),
+        fed=fed,
+        plain_busy=fed - own_gaps_us / plain_step_us,
         kernels_per_step=len(kernels) / whole,
         qk_kernels_per_layer=sum(bool(QK_KERNEL.search(each.name)) for each in kernels) / whole / layers,
         top=shares(inside, whole, last - first)[:TOP],
@@ -168,13 +208,15 @@ def bins(gaps: Sequence[Gap], steps: int) -> list[GapBin]:
     return found
 
 
-def profile_batch(session: Session, batch: int, source: random.Random) -> StepProfile:
+def profile_batch(session: Session, feed: Feed, batch: int, source: random.Random) -> StepProfile:
     """Run a batch of streams and profile some of its decode steps."""
     ids = range(session.vocabulary)
     streams = [session.request(source.choices(ids, k=PROMPT_TOKENS), ANSWER_TOKENS) for _ in range(batch)]
     session.submit(streams)
     session.step_until(lambda: all(len(stream.times) > SETTLING_TOKENS for stream in streams))
+    feed.fed.clear()
     plain_step_us = 1e6 * clock_steps(session, PLAIN_STEPS) / PLAIN_STEPS
+    fed = sum(feed.fed) / len(feed.fed)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with profile(activities=[ProfilerActivity.CUDA]):  # the first one sets the profiler up
@@ -186,7 +228,7 @@ def profile_batch(session: Session, batch: int, source: random.Random) -> StepPr
         recorded.export_chrome_trace(str(trace))
         activities = read_trace(trace)
     session.cancel()
-    return summarise(activities, batch, STEPS, session.ready.model.layers, plain_step_us)
+    return summarise(activities, batch, STEPS, session.ready.model.layers, plain_step_us, fed)
 
 
 def clock_steps(session: Session, steps: int) -> float:
@@ -211,12 +253,13 @@ def main() -> int:
     folder, name = locate_model(options.model)
     engine = {"kernel_mode": options.kernel_mode, "max_context": "4096", "device": "cuda"}
     session = Session(EngineBenchOptions(engine=engine).engine_config(folder), name)
+    feed = session.watch(Feed)
     source = random.Random(0)
     found = Profile(
         environment=environment(f"{COMMAND} --batches {options.batches}", session.ready.device),
         model=session.shape(),
         setup=session.setup(),
-        steps=[profile_batch(session, int(batch), source) for batch in options.batches.split(",")],
+        steps=[profile_batch(session, feed, int(batch), source) for batch in options.batches.split(",")],
     )
     save(found, options.out)
     print(profile_text(found))

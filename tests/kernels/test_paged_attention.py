@@ -448,6 +448,10 @@ LATE = {  # chunks at the end of long contexts, alone and beside decode rows
 }
 
 
+LATE_ERROR = ERROR | {torch.float32: 3e-6}
+"""A float32 sum over 16384 keys loses more than one over a few hundred."""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", LATE)
 @pytest.mark.parametrize("heads", [(16, 8), (32, 8), (8, 8), (5, 1)], ids=str)
@@ -463,7 +467,7 @@ def test_split_prefill_agrees_with_float64(rows, heads, dtype, block_m):
     workspace = case.prefill_workspace()
     args = case.prefill_args(tiles, workspace)
     got = paged_prefill(*args, tile_tokens=tile_tokens)
-    assert rms_relative_error(got, case.expected()) <= ERROR[dtype]
+    assert rms_relative_error(got, case.expected()) <= LATE_ERROR[dtype]
     for _ in range(10):
         assert torch.equal(paged_prefill(*args, tile_tokens=tile_tokens, overlap=True), got)
     assert (workspace.arrivals == 0).all()

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Row, Seating, Step
 from fusewire.model.cuda_graphs import PREFILL_TOKENS, decode_buckets, prefill_buckets
+from fusewire.model.forward_batch import StepInputs, StepShape
 from fusewire.model.runner import ModelRunner, RunnerOptions
 from fusewire.model.sampling_params import SamplingParams
+from fusewire.model.seats import SeatTable
 from tests.tools.model_driver import Checkpoint
 
 
@@ -25,6 +27,16 @@ def test_decode_buckets_rise_to_the_most_rows(max_rows: int) -> None:
 def test_prefill_buckets_reach_512_tokens_and_stay_within_a_step() -> None:
     assert max(PREFILL_TOKENS) >= 512
     assert prefill_buckets(100) == [tokens for tokens in PREFILL_TOKENS if tokens <= 100]
+
+
+def test_a_graph_is_captured_for_as_many_samples_as_rows() -> None:
+    """Else what it replays would leave the logits of an earlier step."""
+    shape = StepShape(64, 8, num_tiles=8, tile_tokens=16)
+    inputs = StepInputs(SeatTable(8, 256, 16, torch.device("cpu")), 16, 64, 8)
+    batch = inputs.load_padding(KernelMode.FUSED, shape)
+    assert len(batch.logit_rows) == len(batch.sample_seats) == len(batch.sample_lengths) == 8
+    assert batch.slots.shape == (64,)
+    assert not batch.row_contexts.any()
 
 
 @pytest.mark.gpu

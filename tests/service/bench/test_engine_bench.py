@@ -319,11 +319,12 @@ def test_a_profile_is_cut_into_steps(tmp_path: Path) -> None:
     events.append({"cat": "cpu_op", "name": "aten::add", "ts": 0, "dur": 5.0})
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": events}))
-    found = tool.summarise(tool.read_trace(path), batch=3, steps=24, layers=2, plain_step_us=90.0)
+    found = tool.summarise(tool.read_trace(path), batch=3, steps=24, layers=2, plain_step_us=90.0, fed=0.98)
     assert found.delimiter == "head<float>"
     assert found.steps == 24 - tool.UNSETTLED_STEPS - 1
     assert found.step_us == pytest.approx(100)
     assert found.busy == pytest.approx(0.85)
+    assert found.plain_busy == pytest.approx(0.98 - 15 / 90)
     assert found.kernels_per_step == 4
     assert found.qk_kernels_per_layer == 1
     assert [(kernel.name, kernel.per_step) for kernel in found.top][:2] == [("head<float>", 1), ("mlp", 1)]
