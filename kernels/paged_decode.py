@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusewire.kernels.checks import Fields, Layout, check_aligned, check_float, check_tensor, fields_of
-from fusewire.kernels.launch import INTERPRETED, OVERLAPPING, architecture_of, on_device, runs_triton
+from fusewire.kernels.compiling import compile_kernel
+from fusewire.kernels.launch import OVERLAPPING, architecture_of, on_device, runs_triton
 
 LOG2_E = 1.4426950408889634
 LEAST_DOT = 16
@@ -266,14 +267,11 @@ def _compile(
 ) -> Compiled:
     """Compile for aligned tensors; a launch looks it up, past Triton's own slower way."""
     constants = decode_constants(num_q_heads, num_kv_heads, head_dim, block_size, plan, overlap)
-    kernel = paged_decode_kernel
-    if not INTERPRETED:
-        ints, floats = (torch.int32,) * 3, (torch.float32,) * 2
-        with on_device(device):
-            kernel = kernel.warmup(
-                dtype, dtype, dtype, *ints, dtype, *floats, torch.int32, 1, 1.0, **constants,
-                grid=(1,), num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
-            )  # fmt: skip
+    ints, floats = (torch.int32,) * 3, (torch.float32,) * 2
+    kernel = compile_kernel(
+        paged_decode_kernel, device, dtype, dtype, dtype, *ints, dtype, *floats, torch.int32, 1, 1.0,
+        **constants, num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
+    )  # fmt: skip
     return Compiled(kernel, tuple(constants.values()))
 
 

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusewire.kernels.checks import Fields, Layout, check_aligned, check_tensor, fields_of
-from fusewire.kernels.launch import INTERPRETED, OVERLAPPING, architecture_of, on_device, runs_triton
+from fusewire.kernels.compiling import compile_kernel
+from fusewire.kernels.launch import OVERLAPPING, architecture_of, on_device, runs_triton
 from fusewire.kernels.paged_decode import (
     LEAST_DOT,
     LOG2_E,
@@ -349,14 +350,11 @@ def _compile(
 ) -> Compiled:
     """Compile for aligned tensors; a launch looks it up, past Triton's own slower way."""
     constants = prefill_constants(num_q_heads, num_kv_heads, head_dim, block_size, tile_tokens, plan, overlap)
-    kernel = paged_prefill_kernel
-    if not INTERPRETED:
-        ints, floats = (torch.int32,) * 5, (torch.float32,) * 2
-        with on_device(device):
-            kernel = kernel.warmup(
-                dtype, dtype, dtype, *ints, dtype, *floats, torch.int32, 1, 1.0, **constants,
-                grid=(1,), num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
-            )  # fmt: skip
+    ints, floats = (torch.int32,) * 5, (torch.float32,) * 2
+    kernel = compile_kernel(
+        paged_prefill_kernel, device, dtype, dtype, dtype, *ints, dtype, *floats, torch.int32, 1, 1.0,
+        **constants, num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
+    )  # fmt: skip
     return Compiled(kernel, tuple(constants.values()))
 
 

@@ -24,8 +24,8 @@ from fusewire.kernels.checks import (
     check_site,
     fields_of,
 )
+from fusewire.kernels.compiling import compile_kernel
 from fusewire.kernels.launch import (
-    INTERPRETED,
     OVERLAPPING,
     WARP_BYTES,
     architecture_of,
@@ -163,14 +163,11 @@ def _compile(
     """Compile for aligned tensors and these strides; a launch looks it up, past Triton's own slower way."""
     constants = tile_constants(shape, plan, dtype.itemsize, overlap)
     heads = constants["HEADS"]
-    kernel = qk_norm_rope_cache_kernel
-    if not INTERPRETED:
-        pointers = (dtype, dtype, dtype, torch.float32, torch.int64, torch.int64, dtype, dtype, dtype)
-        with on_device(device):
-            kernel = kernel.warmup(
-                *pointers, 1, *strides, shape.eps, **constants,
-                grid=(1,), num_warps=plan.num_warps, launch_pdl=overlap,
-            )  # fmt: skip
+    pointers = (dtype, dtype, dtype, torch.float32, torch.int64, torch.int64, dtype, dtype, dtype)
+    kernel = compile_kernel(
+        qk_norm_rope_cache_kernel, device, *pointers, 1, *strides, shape.eps, **constants,
+        num_warps=plan.num_warps, launch_pdl=overlap,
+    )  # fmt: skip
     return _Compiled(
         kernel,
         tuple(constants.values()),

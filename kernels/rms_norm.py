@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusewire.kernels.checks import Fields, Layout, check_aligned, check_float, check_tensor, fields_of
-from fusewire.kernels.launch import INTERPRETED, OVERLAPPING, architecture_of, on_device, runs_triton
+from fusewire.kernels.compiling import compile_kernel
+from fusewire.kernels.launch import OVERLAPPING, architecture_of, on_device, runs_triton
 
 _WARP_ROW_BYTES = 2048
 """What a warp has of a row: four vectors a lane."""
@@ -76,13 +77,10 @@ def _compile(
 ) -> tuple[Any, tuple[int, ...]]:
     """Compile for aligned tensors of this width and stride; a launch looks it up."""
     constants = {"K": width, "BLOCK_K": triton.next_power_of_2(width), "OVERLAP": overlap}
-    kernel = rms_norm_kernel
-    if not INTERPRETED:
-        with on_device(device):
-            kernel = kernel.warmup(
-                dtype, dtype, dtype, stride, 1e-6, **constants,
-                grid=(1,), num_warps=warps_of(width, dtype.itemsize), launch_pdl=overlap,
-            )  # fmt: skip
+    kernel = compile_kernel(
+        rms_norm_kernel, device, dtype, dtype, dtype, stride, 1e-6, **constants,
+        num_warps=warps_of(width, dtype.itemsize), launch_pdl=overlap,
+    )  # fmt: skip
     return kernel, tuple(constants.values())
 
 

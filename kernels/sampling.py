@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusewire.kernels.checks import ALIGNMENT, check_float
-from fusewire.kernels.launch import INTERPRETED, on_device, runs_triton
+from fusewire.kernels.compiling import compile_kernel
+from fusewire.kernels.launch import on_device, runs_triton
 
 TEMPERATURE = tl.constexpr(0)
 TOP_P = tl.constexpr(1)
@@ -799,7 +800,4 @@ def _compile(
     num_warps: int,
 ) -> Any:
     """Compile for tensors of these dtypes and these integers."""
-    if INTERPRETED:
-        return kernel
-    with on_device(device):
-        return kernel.warmup(*kinds, **dict(constants), grid=(1,), num_warps=num_warps)
+    return compile_kernel(kernel, device, *kinds, **dict(constants), num_warps=num_warps)

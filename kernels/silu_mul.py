@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusewire.kernels.checks import Fields, Layout, check_aligned, check_float, fields_of
-from fusewire.kernels.launch import INTERPRETED, OVERLAPPING, architecture_of, on_device, runs_triton
+from fusewire.kernels.compiling import compile_kernel
+from fusewire.kernels.launch import OVERLAPPING, architecture_of, on_device, runs_triton
 
 NUM_WARPS = 4
 _BLOCKS = (2048, 1024, 512, 256)
@@ -75,12 +76,9 @@ def _compile(
     """Compile for aligned tensors of this width and stride; also how many programs a row takes."""
     block = block_of(width)
     constants = {"WIDTH": width, "BLOCK": block, "OVERLAP": overlap}
-    kernel = silu_mul_kernel
-    if not INTERPRETED:
-        with on_device(device):
-            kernel = kernel.warmup(
-                dtype, dtype, stride, **constants, grid=(1,), num_warps=NUM_WARPS, launch_pdl=overlap
-            )
+    kernel = compile_kernel(
+        silu_mul_kernel, device, dtype, dtype, stride, **constants, num_warps=NUM_WARPS, launch_pdl=overlap
+    )
     return kernel, tuple(constants.values()), triton.cdiv(width, block)
 
 

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusewire.kernels.launch import INTERPRETED, on_device
+from fusewire.kernels.compiling import compile_kernel
+from fusewire.kernels.launch import on_device
 from fusewire.kernels.linear_plans import LinearPlan
 
 VECTOR_BYTES = 16
@@ -142,13 +143,10 @@ def compile_launch(
 ) -> _Compiled:
     """Compile for aligned tensors and these strides; a launch looks it up, past Triton's own slower way."""
     constants = tile_constants(num_tokens, outputs, width, dtype.itemsize, extras, plan, overlap)
-    kernel = skinny_linear_kernel
-    if not INTERPRETED:
-        with on_device(device):
-            kernel = kernel.warmup(
-                dtype, dtype, dtype, dtype, dtype, 1, x_stride, out_stride, 1e-6, **constants,
-                grid=(1,), num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
-            )  # fmt: skip
+    kernel = compile_kernel(
+        skinny_linear_kernel, device, dtype, dtype, dtype, dtype, dtype, 1, x_stride, out_stride, 1e-6,
+        **constants, num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
+    )  # fmt: skip
     return _Compiled(kernel, tuple(constants.values()), triton.cdiv(outputs, plan.block_n))
 
 
