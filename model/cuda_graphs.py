@@ -1,12 +1,14 @@
-"""Forward passes captured as CUDA graphs, one for each kernel mode and shape of a step.
+"""Work captured as CUDA graphs; above all forward passes, one for each kernel mode and shape of a step.
 
-A graph reads the step's inputs where `StepInputs` puts them and leaves its output where it always
+A graph of a step reads its inputs where `StepInputs` puts them and leaves its output where it always
 does, so replaying it is one launch, whatever the number of kernels. All share one memory pool: they
 run one after the other. Knows nothing of layers, requests or what the output means.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,7 +19,10 @@ DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384,
 """Rows of the decode graphs, as far as a step may have so many, and the most it may have."""
 PREFILL_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of the prefill graphs; a larger step has work enough to hide its launches."""
-_TWINS = 2
+TWINS = 2
+"""Graphs of a mode and shape."""
+
+Result = TypeVar("Result")
 
 
 def decode_buckets(max_rows: int) -> list[int]:
@@ -30,41 +35,66 @@ def prefill_buckets(max_tokens: int) -> list[int]:
     return [tokens for tokens in PREFILL_TOKENS if tokens <= max_tokens]
 
 
-class StepGraphs:
-    """The captured steps of one model on the current CUDA device.
+@dataclass(frozen=True, slots=True)
+class Captured(Generic[Result]):
+    """Work that a replay does again."""
 
-    Each is captured `_TWINS` times, and they take turns: a graph is not prepared for its next launch
+    graph: torch.cuda.CUDAGraph
+    result: Result
+    """What came of it on the host when it was captured."""
+
+    def replay(self) -> Result:
+        """Launch it."""
+        self.graph.replay()
+        return self.result
+
+
+class GraphPool:
+    """The memory that graphs of the current CUDA device share, and the stream they are captured on."""
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, runs: Sequence[Callable[[], Result]]) -> list[Captured[Result]]:
+        """Capture work of one kind; the first is run before, so that whatever compiles or is looked up is."""
+        self._stream.wait_stream(torch.cuda.current_stream())  # where the inputs are on their way
+        with torch.cuda.stream(self._stream):
+            runs[0]()
+            return [self._capture(run) for run in runs]
+
+    def _capture(self, run: Callable[[], Result]) -> Captured[Result]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        graph.capture_begin(pool=self._memory)
+        try:
+            result = run()
+        finally:
+            graph.capture_end()
+        return Captured(graph, result)
+
+
+class StepGraphs(Generic[Result]):
+    """The captured steps of one model.
+
+    Each is captured `TWINS` times, and they take turns: a graph is not prepared for its next launch
     before the last one has ended, so one alone would leave the GPU idle between two steps.
     """
 
-    def __init__(self) -> None:
-        self._graphs: dict[tuple[KernelMode, StepShape], Iterator[torch.cuda.CUDAGraph]] = {}
+    def __init__(self, pool: GraphPool) -> None:
+        self._graphs: dict[tuple[KernelMode, StepShape], Iterator[Captured[Result]]] = {}
         self._shapes: list[StepShape] = []
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._pool = pool
 
     def __len__(self) -> int:
-        return _TWINS * len(self._graphs)
+        return TWINS * len(self._graphs)
 
-    def capture(self, mode: KernelMode, shape: StepShape, run: Callable[[], None]) -> None:
-        """Run once, so that whatever compiles or is looked up is there, then capture."""
-        with torch.cuda.stream(self._stream):
-            run()
-            twins = [self._capture(run) for _ in range(_TWINS)]
-        self._graphs[mode, shape] = cycle(twins)
+    def capture(self, mode: KernelMode, shape: StepShape, twins: Sequence[Callable[[], Result]]) -> None:
+        """Capture `TWINS` steps that do the same but for what they return."""
+        self._graphs[mode, shape] = cycle(self._pool.capture(twins))
         if shape not in self._shapes:
             self._shapes.append(shape)
             self._shapes.sort(key=lambda each: (each.num_tokens, each.num_rows))
-
-    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        graph.capture_begin(pool=self._pool)
-        try:
-            run()
-        finally:
-            graph.capture_end()
-        return graph
 
     def smallest(self, num_tokens: int, num_rows: int, *, is_decode: bool) -> StepShape | None:
         """Find the least captured shape that a step fits, if there is one."""
@@ -75,9 +105,7 @@ class StepGraphs:
         )
         return next(fitting, None)
 
-    def replay(self, mode: KernelMode, shape: StepShape) -> bool:
-        """Launch the graph of a mode and shape; False if there is none."""
+    def replay(self, mode: KernelMode, shape: StepShape) -> Result | None:
+        """Launch a graph of a mode and shape: what its capture returned, or None if there is no graph."""
         twins = self._graphs.get((mode, shape))
-        if twins is not None:
-            next(twins).replay()
-        return twins is not None
+        return None if twins is None else next(twins).replay()

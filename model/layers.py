@@ -5,6 +5,8 @@ Blocks add to the residual stream in place. Knows nothing of phases: prefill, de
 same way through every block.
 """
 
+from typing import Protocol, TypeAlias
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,6 @@ from fusewire.kernels.qkv_epilogue import EpilogueRange, qkv_epilogue, ranges_of
 from fusewire.kernels.rms_norm import rms_norm
 from fusewire.kernels.shape import QKNormShape
 from fusewire.model.config import ModelConfig
-from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.kv_cache import LayerCache
 
 
@@ -66,6 +67,25 @@ class GatedMLP(nn.Module):
         self.down.add_to_(stream, norm_glu(stream, self.norm.weight, self.norm.eps, self.gate_up.weight))
 
 
+class TokensOfSite(Protocol):
+    """What the QK-norm site looks at of T tokens: `fusewire.model.forward_batch.ForwardBatch` has it."""
+
+    @property
+    def kernel_mode(self) -> KernelMode:
+        """The path to take."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `[T]`."""
+        ...
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 `[T]`: where each token's k and v go; -1 for a token that pads."""
+        ...
+
+
 class QKNorm(nn.Module):
     """The one site that decides the kernel path: input norm, packed qkv projection, QK norm, RoPE, KV write.
 
@@ -100,6 +120,8 @@ class QKNorm(nn.Module):
         self.qkv = Linear(config.hidden_size, width, bias=config.attention_bias, dtype=dtype, device=device)
         self.q_weight = empty_parameter(config.head_dim, dtype=dtype, device=device)
         self.k_weight = empty_parameter(config.head_dim, dtype=dtype, device=device)
+        self.q_weights: dict[KernelMode, Tensor] = dict.fromkeys(KernelMode, self.q_weight)
+        """What each path scales q by: one weight, unless a fault is planted."""
         self.rope_table = rope_table
         measured = ranges_of(self.shape, config.hidden_size, dtype, device)
         self.epilogue_ranges = () if deterministic else measured
@@ -118,14 +140,40 @@ class QKNorm(nn.Module):
         )
         return next(fitting, None)
 
-    def attn_input(self, stream: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
+    def plant_fault(self, mode: KernelMode, factor: float) -> None:
+        """Scale the weight of q by a factor on one path, for drills; once the weights are loaded."""
+        self.q_weights = self.q_weights | {mode: self.q_weight * factor}
+
+    def attn_input(
+        self, stream: Tensor, batch: TokensOfSite, cache: LayerCache, *, step_tokens: int | None = None
+    ) -> Tensor:
         """Turn the residual stream `[T, hidden]` into q `[T, num_q_heads, head_dim]`.
 
         k and v enter the cache.
+
+        Args:
+            step_tokens: choose what runs as for a step of so many tokens; None goes by T.
         """
-        norm, qkv = self.norm, self.qkv
-        site = (
-            self.q_weight,
+        epilogue = self._epilogue(batch.kernel_mode, step_tokens or len(stream))
+        if epilogue is None:
+            overlap = streams_weights(stream, self.qkv.weight)
+            return self.apply_to(self.project(stream), batch, cache, overlap=overlap)
+        hidden = rms_norm(stream, self.norm.weight, self.norm.eps)
+        arguments = self._arguments(batch, cache)
+        return qkv_epilogue(hidden, self.qkv.weight, self.qkv.bias, *arguments, epilogue.plan)
+
+    def project(self, stream: Tensor) -> Tensor:
+        """Norm the residual stream `[T, hidden]` and project it to packed qkv `[T, qkv_width]`."""
+        return norm_linear(stream, self.norm.weight, self.norm.eps, self.qkv.weight, self.qkv.bias)
+
+    def apply_to(self, qkv: Tensor, batch: TokensOfSite, cache: LayerCache, *, overlap: bool) -> Tensor:
+        """Run the batch's path on packed qkv `[T, qkv_width]`; see `fusewire.kernels.paths.QKNormPath`."""
+        return PATHS[batch.kernel_mode](qkv, *self._arguments(batch, cache), overlap=overlap)
+
+    def _arguments(self, batch: TokensOfSite, cache: LayerCache) -> "_SiteArguments":
+        """What every path takes after its rows, in order."""
+        return (
+            self.q_weights[batch.kernel_mode],
             self.k_weight,
             self.rope_table,
             batch.positions,
@@ -134,9 +182,6 @@ class QKNorm(nn.Module):
             batch.slots,
             self.shape,
         )
-        if epilogue := self._epilogue(batch.kernel_mode, len(stream)):
-            hidden = rms_norm(stream, norm.weight, norm.eps)
-            return qkv_epilogue(hidden, qkv.weight, qkv.bias, *site, epilogue.plan)
-        overlap = streams_weights(stream, qkv.weight)
-        projected = norm_linear(stream, norm.weight, norm.eps, qkv.weight, qkv.bias)
-        return PATHS[batch.kernel_mode](projected, *site, overlap=overlap)
+
+
+_SiteArguments: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, QKNormShape]

@@ -7,21 +7,29 @@ or which block belongs to whom; it computes the rows it is given.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from fusewire.kernels.compiling import CompileThreads
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import backend_name
 from fusewire.model.attention import select_backend
 from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.model.config import ModelConfig, ModelError
-from fusewire.model.cuda_graphs import PREFILL_TOKENS, StepGraphs, decode_buckets, prefill_buckets
+from fusewire.model.cuda_graphs import (
+    PREFILL_TOKENS,
+    GraphPool,
+    StepGraphs,
+    decode_buckets,
+    prefill_buckets,
+)
 from fusewire.model.device import name_of_device, name_of_dtype, resolve_device, resolve_dtype
 from fusewire.model.families.qwen3 import Qwen3
 from fusewire.model.forward_batch import ForwardBatch, StepInputs, StepShape
@@ -33,9 +41,14 @@ from fusewire.model.kv_cache import (
     bytes_per_block,
     cpu_memory_bytes,
 )
+from fusewire.model.logit_drift import POSITIONS, compare_streams, drifts_of
+from fusewire.model.observations import LogitDrift, Observation, Phase
+from fusewire.model.observer import Observer
 from fusewire.model.sampler import Choice, Sampler
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.model.seats import SeatTable
+from fusewire.model.shadow import FAULT
+from fusewire.model.stream_tap import StreamTap
 from fusewire.model.weights import Progress, load_weights
 
 _GREEDY = SamplingParams()
@@ -50,6 +63,10 @@ _TOKEN_MULTIPLE = 64
 """Steps without a graph are padded to a multiple of so many tokens, which products run better with."""
 _PROMPT_MULTIPLES = ((4096, 512), (8192, 1024), (sys.maxsize, 2048))
 """The same for one whole prompt, by its length: cuDNN builds a plan, 50 ms, for each length it meets."""
+_COMPARED_POSITIONS = 512
+"""Of a sequence at most; their streams are kept on the device."""
+_PART_TOKENS = 512
+"""Of a sequence that is compared, between which other steps run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +93,10 @@ class RunnerOptions:
     """Share of the GPU's memory that may be filled."""
     deterministic: bool = False
     """One implementation of each path at every size, also where another one is faster."""
+    shadow: bool = True
+    """Let steps keep what `ModelRunner.check_shadow` looks at."""
+    inject_fault: KernelMode | None = None
+    """Scale the q norm's weight by 1.01 on this path, for drills."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -135,18 +156,30 @@ class ModelRunner:
                 self._device,
                 deterministic=options.deterministic,
             )
-            load_weights(folder, self._model.checkpoint_views(), self._model.ignored_tensors, progress)
-        self.start_report = {"load_seconds": time.monotonic() - started}
-        """What the start took: seconds of loading, warming up and capturing, bytes and number of graphs."""
         max_blocks = blocks_for(self.context_length, self.block_size)
         with _out_of_memory_names("max_running, max_context", "the tables of running sequences do not fit"):
-            self._seats = SeatTable(self.max_running, self.context_length, max_blocks, self._device)
+            self._spare_seat = self.max_running  # of a sequence that is compared
+            self._seats = SeatTable(self.max_running + 1, self.context_length, max_blocks, self._device)
             self._inputs = StepInputs(
                 self._seats, self.block_size, self._most_padded_tokens(), self.max_running
             )
             self._sampler = Sampler(self._seats, self.config.vocab_size, self.max_running)
-        self._graphs = StepGraphs() if self._device.type == "cuda" and attention.capturable else None
+            self._observer = Observer(
+                self._model, self.block_size, self._most_padded_tokens(), shadow=options.shadow
+            )
+        self._graph_pool = GraphPool() if self._device.type == "cuda" and attention.capturable else None
+        self._graphs = None if self._graph_pool is None else StepGraphs[StreamTap](self._graph_pool)
         self._outputs = self._allocate_outputs()
+        self._last: tuple[ForwardBatch, StreamTap]
+        """The step launched last, and the tap that it went by."""
+        self.start_report: dict[str, float] = {}
+        """What the start took: seconds of loading, of that of rehearsing, of warming up and of capturing;
+        bytes and number of graphs."""
+        self._load(folder, progress)
+        if options.inject_fault is not None:
+            for site in self._model.sites:
+                site.plant_fault(options.inject_fault, FAULT)
+        self.start_report["load_seconds"] = time.monotonic() - started
         self.num_blocks = self._choose_num_blocks(options)
         with _out_of_memory_names("kv_tokens, gpu_memory_utilization", "the KV cache does not fit"):
             self._cache = self._allocate_cache(self.num_blocks)
@@ -217,8 +250,8 @@ class ModelRunner:
             self._seats.seat(step.seatings)
         shape = self._shape_of(step)
         batch = self._inputs.load(step.rows, step.mode, shape)
-        if self._graphs is None or not self._graphs.replay(step.mode, shape):
-            self._forward(batch)
+        tap = None if self._graphs is None else self._graphs.replay(step.mode, shape)
+        self._last = batch, tap or self._forward(batch, self._observer.tap)
         num_samples = len(batch.logit_rows)
         if shape.is_decode:
             return self._outputs.logits[:num_samples], batch
@@ -226,14 +259,18 @@ class ModelRunner:
             return None, batch
         return self._model.logits(self._outputs.stream[:num_samples]), batch
 
-    def _forward(self, batch: ForwardBatch) -> None:
-        """Run the model over a batch into the outputs: logits of a decode step, else the last stream."""
+    def _forward(self, batch: ForwardBatch, tap: StreamTap) -> StreamTap:
+        """Run the model over a batch into the outputs: logits of a decode step, else the last stream.
+
+        Returns the tap that it went by.
+        """
         self._inputs.expand(batch)
-        stream = self._model(batch, self._cache)
+        stream = self._model(batch, self._cache, tap=tap)
         if batch.shape.is_decode:
             self._model.logits(stream, out=self._outputs.logits[: len(stream)])
         else:
             self._outputs.stream[: len(stream)] = stream
+        return tap
 
     def _shape_of(self, step: Step) -> StepShape:
         """Choose the shape to run a step in: a captured one, or its own."""
@@ -260,7 +297,145 @@ class ModelRunner:
         event.record()
         return event
 
+    # ---- looking closer ----
+
+    @torch.inference_mode()
+    def check_shadow(self, step: Step, decode_tokens: int) -> None:
+        """Check both paths against float32 on rows of the step launched last, behind it.
+
+        It is the step's path that is checked, or `fused` if that is `unfused`, as the step's size has it;
+        at one layer, not always the same. See `fusewire.model.shadow`.
+
+        Args:
+            step: that step.
+            decode_tokens: how many of its tokens, the first ones, decode; the others are prefill.
+        """
+        self._observer.check(*self._last, step.num_tokens, decode_tokens)
+
+    @torch.inference_mode()
+    def time_qk(self, step: Step, phase: Phase) -> None:
+        """Time the QK step of one layer as the step launched last had it, behind it.
+
+        Args:
+            step: that step.
+            phase: of all its rows.
+        """
+        batch, _ = self._last
+        self._observer.time(batch, phase)
+
+    def take_observations(self) -> list[Observation]:
+        """Hand over what checks and timings have found; those that are under way are left for later."""
+        return self._observer.take()
+
+    @torch.inference_mode()
+    def qk_seconds(self, mode: KernelMode, num_tokens: int) -> float:
+        """Time the QK step of one layer in a step of so many tokens, and wait for it: seconds."""
+        if self._device.type == "cuda" and num_tokens > PREFILL_TOKENS[-1]:
+            num_tokens = _padded(num_tokens, is_prompt=True)
+        return self._observer.seconds(mode, num_tokens)
+
+    @torch.inference_mode()
+    def compare_logits(
+        self,
+        token_ids: Sequence[int],
+        first: int,
+        left: KernelMode,
+        right: KernelMode,
+        blocks: Sequence[int],
+    ) -> Generator[None, None, list[LogitDrift]]:
+        """Run a sequence on both paths and compare the logits after its tokens from `first` on.
+
+        It yields between parts, where other steps may run, and while the device is not done with a part.
+
+        Args:
+            token_ids: of the sequence, no longer than the context.
+            first: the first position whose logits are compared; of more than 512 the others are not.
+            left: the path that is the measure.
+            right: the other one.
+            blocks: of the KV cache, for every token; what they hold is overwritten.
+
+        Returns:
+            One entry a position.
+
+        Raises:
+            ValueError: if there is no such position, or the sequence is longer than the context or the
+                blocks.
+        """
+        if not 0 <= first < len(token_ids):
+            raise ValueError(f"first: must be from 0 to {len(token_ids) - 1}, got {first}")
+        if len(blocks) < blocks_for(len(token_ids), self.block_size):
+            raise ValueError(f"blocks: {len(blocks)} cannot hold {len(token_ids)} tokens")
+        self._seats.seat([Seating(self._spare_seat, token_ids, len(token_ids), blocks, _GREEDY)])
+        end = min(len(token_ids), first + _COMPARED_POSITIONS)
+        ours = yield from self._stream_of(left, first, end)
+        theirs = yield from self._stream_of(right, first, end)
+        figures = []
+        for part in compare_streams(ours, theirs, self._model.logits):
+            figures.append(part)
+            yield from self._part_done()
+        return drifts_of(torch.cat(figures)[: end - first])
+
+    def _stream_of(self, mode: KernelMode, first: int, end: int) -> Generator[None, None, Tensor]:
+        """Run the compared sequence: the last stream `[P, hidden]` of tokens `[first, end)`, then padding."""
+        positions = -(-(end - first) // POSITIONS) * POSITIONS
+        kept = self._outputs.stream.new_zeros(positions, self.config.hidden_size)
+        most = min(_PART_TOKENS, self.max_step_tokens)
+        for start in range(0, first, most):
+            count = min(most, first - start)
+            self._compute(Step(mode, [Row(self._spare_seat, start, count, samples=False)]))
+            yield from self._part_done()
+        for start in range(first, end, most):
+            count = min(most, end - start)
+            stream = self._stream_of_every_token(mode, Row(self._spare_seat, start, count, samples=False))
+            kept[start - first : start - first + count] = stream
+            yield from self._part_done()
+        return kept
+
+    def _stream_of_every_token(self, mode: KernelMode, row: Row) -> Tensor:
+        """Run one row: its last stream `[count, hidden]`."""
+        batch = self._inputs.load([row], mode, self._shape_of(Step(mode, [row])))
+        if self._graphs is not None:  # as in a graph, so that no kernel is needed that none has
+            batch = replace(batch, query_lens=(), context_lens=())
+        self._inputs.expand(batch)
+        return self._model(batch, self._cache, every_token=True)[: row.count]
+
+    def _part_done(self) -> Generator[None]:
+        """Let others have their turn, until the device has done what was launched so far."""
+        done = self._record()
+        yield
+        while done is not None and not done.query():
+            yield
+
     # ---- warming up ----
+
+    def _load(self, folder: Path, progress: Progress | None) -> None:
+        """Read the weights; meanwhile threads compile what a rehearsal without them has found."""
+        with CompileThreads() as threads:
+            if self._device.type == "cuda":
+                started = time.monotonic()
+                with threads.rehearsal():
+                    self._rehearse()
+                self.start_report["rehearsal_seconds"] = time.monotonic() - started
+            with _out_of_memory_names("dtype, gpu_memory_utilization", "the weights do not fit"):
+                load_weights(folder, self._model.checkpoint_views(), self._model.ignored_tensors, progress)
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Go through steps of every kind and shape, on weights and a cache of no content, for their kernels.
+
+        What is drawn is not reported: log-probabilities are looked up by tokens that nobody has drawn.
+        """
+        with _out_of_memory_names("max_step_tokens, max_running", "a step does not fit beside the weights"):
+            self._sampler.warm_up(self._dtype)
+            self._cache = self._allocate_cache(1)
+            for lengths in self._probes():
+                self._run_probe(lengths, _GREEDY, KernelMode.FUSED)
+            for shape in self._graph_shapes():
+                self._forward(self._inputs.load_padding(KernelMode.FUSED, shape), self._observer.tap)
+            for mode in KernelMode:
+                self._run_probe([1], _GREEDY, mode)
+            self._compare_nothing()
+        del self._cache
 
     def warm_up(self, modes: Sequence[KernelMode]) -> None:
         """Run steps of every kind on each mode and capture the graphs, so that nothing compiles later.
@@ -268,17 +443,26 @@ class ModelRunner:
         Writes to the KV cache: call it before any sequence is alive.
         """
         started = time.monotonic()
+        self._observer.limit_to(modes)
         for mode in modes:
             for lengths in self._probes():
                 for params in (_GREEDY, _SHAPED):
                     self._run_probe(lengths, params, mode)
+            self._observer.check(*self._last, num_tokens=1, decode_tokens=0)
+        self._compare_nothing()
+        self._observer.take()
         self._attention.warm_up(self._long_prompts(), self._cache.layers[0])
         self._sampler.warm_up(self._dtype)
         warmed = time.monotonic()
         self.start_report["warm_up_seconds"] = warmed - started
-        if self._graphs is not None:
-            self._capture(self._graphs, modes)
+        if self._graphs is not None and self._graph_pool is not None:
+            self._capture(self._graphs, self._graph_pool, modes)
             self.start_report["capture_seconds"] = time.monotonic() - warmed
+
+    def _compare_nothing(self) -> None:
+        """Compare the logits of one token of block 0."""
+        for _ in self.compare_logits([0], 0, KernelMode.FUSED, KernelMode.UNFUSED, [0]):
+            pass
 
     def _probes(self) -> list[list[int]]:
         """Token counts of the rows of steps that between them run every kernel of a step."""
@@ -293,21 +477,28 @@ class ModelRunner:
         lengths = range(PREFILL_TOKENS[-1] + 1, longest + 1, _TOKEN_MULTIPLE)
         return sorted({_padded(length, is_prompt=True) for length in lengths})
 
-    @torch.inference_mode()
-    def _capture(self, graphs: StepGraphs, modes: Sequence[KernelMode]) -> None:
-        """Capture every bucket, the largest first, so that the smaller ones fit the memory it took."""
-        free, _ = torch.cuda.mem_get_info(self._device)
+    def _graph_shapes(self) -> list[StepShape]:
+        """Shapes of the steps that are captured, the largest first."""
         chunks = [
             self._attention.chunk_shape(tokens, min(tokens, self.max_running))
             for tokens in prefill_buckets(self.max_step_tokens)
         ]
         decodes = [self._decode_shape(rows) for rows in decode_buckets(self.max_running)]
+        return [*reversed(chunks), *reversed(decodes)]
+
+    @torch.inference_mode()
+    def _capture(self, graphs: StepGraphs[StreamTap], pool: GraphPool, modes: Sequence[KernelMode]) -> None:
+        """Capture every bucket, in an order in which the smaller ones fit the memory the first ones took."""
+        free, _ = torch.cuda.mem_get_info(self._device)
         knobs = "gpu_memory_utilization, max_running"
         with _out_of_memory_names(knobs, "the CUDA graphs do not fit beside the KV cache"):
-            for shape in reversed([*decodes, *chunks]):
+            shapes = self._graph_shapes()
+            for number, shape in enumerate(shapes):
+                taps = self._observer.taps_of_graph(number)
                 for mode in modes:
                     batch = self._inputs.load_padding(mode, shape)
-                    graphs.capture(mode, shape, lambda batch=batch: self._forward(batch))  # type: ignore[misc]
+                    graphs.capture(mode, shape, [partial(self._forward, batch, tap) for tap in taps])
+            self._observer.capture(pool, [shape.num_tokens for shape in shapes])
         self.start_report |= {
             "graphs": float(len(graphs)),
             "graph_bytes": float(free - torch.cuda.mem_get_info(self._device)[0]),

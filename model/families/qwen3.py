@@ -17,6 +17,7 @@ from fusewire.model.config import ModelConfig
 from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.kv_cache import KVCache, LayerCache
 from fusewire.model.layers import GatedMLP, Linear, QKNorm, RMSNorm, empty_parameter
+from fusewire.model.stream_tap import NO_TAP, StreamTap
 
 
 class DecoderLayer(nn.Module):
@@ -96,13 +97,16 @@ class Qwen3(nn.Module):
             else empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         )
 
-    def forward(self, batch: ForwardBatch, cache: KVCache, *, every_token: bool = False) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, *, every_token: bool = False, tap: StreamTap = NO_TAP
+    ) -> Tensor:
         """Run the decoder over a step's T tokens: the last residual stream of the tokens that yield logits.
 
         Of the others the last layer computes only what enters the cache.
 
         Args:
             every_token: treat all tokens as if they yielded logits.
+            tap: is shown the stream that enters each layer.
 
         Returns:
             `[S, hidden]` in the order of `batch.logit_rows`, or `[T, hidden]`.
@@ -112,17 +116,26 @@ class Qwen3(nn.Module):
         layers = cast(list[DecoderLayer], list(self.layers))
         if samples_only := not every_token and not batch.shape.is_decode:
             *layers, last = layers
-        for layer, layer_cache in zip(layers, cache.layers, strict=False):
-            layer.add_to_(stream, batch, attend, layer_cache)
-        return last.of_samples(stream, batch, attend, cache.layers[-1]) if samples_only else stream
+        for number, layer in enumerate(layers):
+            tap.pass_by(number, stream)
+            layer.add_to_(stream, batch, attend, cache.layers[number])
+        if not samples_only:
+            return stream
+        tap.pass_by(len(layers), stream)
+        return last.of_samples(stream, batch, attend, cache.layers[-1])
 
     def logits(self, stream: Tensor, out: Tensor | None = None) -> Tensor:
         """Map rows of the residual stream `[S, hidden]` to logits `[S, vocabulary]`, in `out` if given."""
         return norm_linear(stream, self.norm.weight, self.norm.eps, self.head, out=out)
 
     @property
+    def sites(self) -> list[QKNorm]:
+        """Every layer's QK-norm site; all are alike but for their weights."""
+        return [layer.qk_norm for layer in cast(list[DecoderLayer], list(self.layers))]
+
+    @property
     def site(self) -> QKNorm:
-        """The first layer's QK-norm site; all are alike but for their weights."""
+        """The first layer's."""
         first = self.layers[0]
         assert isinstance(first, DecoderLayer)
         return first.qk_norm
