@@ -16,10 +16,12 @@ import msgspec
 from msgspec import Meta
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service.messages import Routing
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+AboveZero = Annotated[float, Meta(gt=0)]
 
 
 class ConfigError(ValueError):
@@ -45,8 +47,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float
     deterministic: bool
     log_level: Literal["debug", "info", "warning", "error"]
-    generation: int = 1
-    """Of the kernel mode: how many times it was chosen, the start included."""
+    shadow_every: int
+    shadow_threshold: float | None
+    qk_timing_every: int
+    inject_fault: KernelMode | None
+    routing: Routing | None = None
+    """Which paths to go on with after a restart; None starts with `kernel_mode`."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +108,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             le=100,
             description="bound on a decode step that also prefills, in pure decode steps' time; 0 for none",
         ),
-    ] = 1.8
+    ] = 1.6
     prefix_cache: Annotated[
         bool, Meta(description="let prompts start from the KV that earlier ones with the same beginning left")
     ] = True
@@ -123,6 +129,32 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="keep to one kernel of each path at every step size, also where another is faster"),
     ] = False
+    shadow_every: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="steps from one check of both kernel paths against float32 to the next; 0 for none",
+        ),
+    ] = 999  # odd, for the two graphs of a size take turns, and keep the rows of different layers
+    shadow_threshold: Annotated[
+        AboveZero | None,
+        Meta(
+            description="relative error of q, k or v beyond which unfused becomes the default; unset goes "
+            "by the dtype",
+        ),
+    ] = None
+    qk_timing_every: Annotated[
+        int,
+        Meta(ge=0, description="steps from one timing of the QK-norm step to the next; 0 for none"),
+    ] = 1000
+    inject_fault: Annotated[
+        KernelMode | None,
+        Meta(description="scale the q norm's weight by 1.01 on this path: a drill for the shadow guard"),
+    ] = None
+    dashboard: Annotated[
+        bool, Meta(description="serve a page to watch and switch the kernel paths, on loopback")
+    ] = False
+    dashboard_port: Annotated[Port, Meta(description="port of the page; 0 picks a free one")] = 9465
     engine_timeout: Annotated[
         Seconds,
         Meta(
@@ -157,6 +189,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"kernel_mode: {self.kernel_mode} is not among kernel_modes {', '.join(self.kernel_modes)}"
             )
+        if self.inject_fault not in (None, *self.kernel_modes):
+            raise ConfigError(f"inject_fault: {self.inject_fault} is not among kernel_modes")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert, tls_key: give both or neither")
         if self.tls_client_ca and not self.tls_cert:

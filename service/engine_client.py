@@ -26,12 +26,17 @@ from fusewire.service.messages import (
     Ended,
     EndReason,
     EngineReady,
+    Examine,
+    ExamineReply,
     FinishRequest,
     FromEngine,
     KernelModeChanged,
     KernelModeReply,
+    RearmGuard,
     RequestEvent,
+    Routing,
     SetKernelMode,
+    Split,
     StepReport,
     ToEngine,
     decode_from_engine,
@@ -103,6 +108,7 @@ class EngineClient:
         socket_path: the unix socket that the engine listens on.
         on_report: called with every step's report, on the event loop.
         on_state: called with `EngineReady` when the engine becomes usable and None when it goes.
+        on_routing: called with the old and the new routing when another default holds.
     """
 
     def __init__(
@@ -110,13 +116,15 @@ class EngineClient:
         socket_path: Path,
         on_report: Callable[[StepReport], None] = lambda report: None,
         on_state: Callable[[EngineReady | None], None] = lambda ready: None,
+        on_routing: Callable[[Routing, Routing], None] = lambda old, new: None,
     ) -> None:
         self.ready: EngineReady | None = None
-        self.kernel_mode = KernelMode.FUSED
-        self.generation = 0
+        self.routing = Routing(KernelMode.FUSED, 0)
+        """Which path takes what pins none, as the engine told last."""
         self._socket_path = socket_path
         self._on_report = on_report
         self._on_state = on_state
+        self._on_routing = on_routing
         self._requests: dict[str, RequestEvents] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
@@ -154,15 +162,33 @@ class EngineClient:
             self._send(FinishRequest(request_id, reason))
 
     async def set_kernel_mode(
-        self, mode: KernelMode, expected_generation: int | None = None
+        self, mode: KernelMode | None, expected_generation: int | None = None, split: Split | None = None
     ) -> KernelModeReply:
-        """Change the default path between two steps and wait until it is applied.
+        """Change the default path, or how it is split, between two steps and wait until it is applied.
 
         Raises:
             EngineUnavailable: if the engine is not ready, or dies before it answers.
         """
-        call_id = next(self._call_ids)
-        reply: KernelModeReply = await self._ask(SetKernelMode(call_id, mode, expected_generation))
+        wish = SetKernelMode(next(self._call_ids), mode, expected_generation, split)
+        reply: KernelModeReply = await self._ask(wish)
+        return reply
+
+    async def rearm_guard(self) -> KernelModeReply:
+        """End a fallback of the shadow guard and wait until that is applied; raises likewise."""
+        reply: KernelModeReply = await self._ask(RearmGuard(next(self._call_ids)))
+        return reply
+
+    async def examine(
+        self,
+        left: KernelMode,
+        right: KernelMode,
+        token_ids: list[int],
+        prompt_len: int,
+        qk_tokens: tuple[int, ...] = (),
+    ) -> ExamineReply:
+        """Compare two paths on one sequence; see `Examine`. Raises likewise."""
+        wish = Examine(next(self._call_ids), left, right, token_ids, prompt_len, qk_tokens)
+        reply: ExamineReply = await self._ask(wish)
         return reply
 
     async def cancel(self, request_id: str, caller: str) -> bool:
@@ -179,7 +205,7 @@ class EngineClient:
         if self.ready is not None:
             self._send(EndAll(reason))
 
-    async def _ask(self, message: SetKernelMode | CancelRequest) -> Any:
+    async def _ask(self, message: SetKernelMode | RearmGuard | Examine | CancelRequest) -> Any:
         """Send a message and wait for the reply with its call id."""
         self._send(message)
         reply = self._calls[message.call_id] = asyncio.get_running_loop().create_future()
@@ -216,14 +242,19 @@ class EngineClient:
                 for event in events:
                     self._deliver(event)
                 self._on_report(message)
-            case KernelModeReply(call_id=call_id) | CancelReply(call_id=call_id):
+            case (
+                KernelModeReply(call_id=call_id)
+                | CancelReply(call_id=call_id)
+                | ExamineReply(call_id=call_id)
+            ):
                 reply = self._calls.get(call_id)
                 if reply is not None and not reply.done():
                     reply.set_result(message)
-            case KernelModeChanged(current=current, generation=generation):
-                self.kernel_mode, self.generation = current, generation
+            case KernelModeChanged(routing=routing):
+                before, self.routing = self.routing, routing
+                self._on_routing(before, routing)
             case EngineReady():
-                self.kernel_mode, self.generation = message.kernel_mode, message.generation
+                self.routing = message.routing
                 self.ready = message
                 self._on_state(message)
 

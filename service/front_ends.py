@@ -13,13 +13,13 @@ from pathlib import Path
 
 import msgspec
 
-from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import ServeConfig
-from fusewire.service.messages import EngineReady
+from fusewire.service.messages import EngineReady, Routing
 from fusewire.service.metrics import RequestMetrics
 from fusewire.service.rpc.front_end import ListenError
 from fusewire.service.rpc.serving import END_SECONDS, DrainResult, Serving
 from fusewire.service.supervisor import ChildSupervisor
+from fusewire.service.tokenizer import Tokenizer
 from fusewire.service.worker_messages import (
     Drain,
     Drained,
@@ -247,6 +247,8 @@ class _Worker(ChildSupervisor):
 class SharedServing(Serving):
     """The state of the process beside the front ends: it answers the operator and is scraped.
 
+    The only requests of its own are the dashboard's comparisons.
+
     Args:
         front_ends: whom a drain concerns, and who know whether the engine is silent.
     """
@@ -258,22 +260,26 @@ class SharedServing(Serving):
         socket_path: Path,
         services: Iterable[str],
         on_engine: Callable[[EngineReady | None], None],
-        on_switch: Callable[[KernelMode, int], None],
+        on_routing: Callable[[Routing], None],
         metrics: RequestMetrics,
         front_ends: FrontEnds,
     ) -> None:
-        super().__init__(config, model_name, socket_path, services, on_engine, on_switch, metrics)
+        super().__init__(config, model_name, socket_path, services, on_engine, on_routing, metrics)
         self._front_ends = front_ends
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take in the dashboard's tokenizer; whether the server can serve is for its workers to say."""
+        self._tokenizer = tokenizer
 
     @property
     def silent_seconds(self) -> float:
-        """How long the engine has said nothing although a front end has requests for it."""
-        return self._front_ends.silent_seconds
+        """How long the engine has said nothing although there are requests for it; 0 without any."""
+        return max(super().silent_seconds, self._front_ends.silent_seconds)
 
     async def drain(self, seconds: float) -> DrainResult:
-        """Refuse new requests at every front end and wait for the running ones."""
-        self.begin_drain()
-        return await self._front_ends.drain(seconds)
+        """Refuse new requests, here and at every front end, and wait for the running ones."""
+        own, theirs = await asyncio.gather(super().drain(seconds), self._front_ends.drain(seconds))
+        return DrainResult(own.finished + theirs.finished, own.ended + theirs.ended)
 
 
 def reserve_port(host: str, port: int) -> socket.socket:

@@ -18,7 +18,8 @@ from fusewire.model.sampling_params import SamplingParams
 
 Phase = Literal["prefill", "decode", "mixed"]
 EndReason = Literal["stop", "eos", "length", "context", "cancelled", "time_limit", "error"]
-Refusal = Literal["", "stale_generation", "not_available"]
+RowPhase = Literal["prefill", "decode"]
+Refusal = Literal["", "stale_generation", "not_available", "guarded", "not_fallen_back", "no_room"]
 KernelPath = Literal["", "unfused", "fused_norm", "fused", "mixed"]
 
 MAX_FRAME_BYTES = 64 << 20
@@ -70,12 +71,53 @@ class FinishRequest(_Message, frozen=True):
     """"cancelled", "time_limit", or "stop" for a stop string that the front end has seen."""
 
 
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """A kernel mode's part of the traffic that pins none."""
+
+    mode: KernelMode
+    percent: int
+
+
+class Split(msgspec.Struct, frozen=True, array_like=True):
+    """How traffic that pins no mode is shared; the percentages add up to 100."""
+
+    shares: tuple[Share, ...]
+    slice_seconds: float | None = None
+    """Mean length of a time slice, if the whole engine takes turns; None if each request has its mode."""
+
+
 class SetKernelMode(_Message, frozen=True):
     """Changes the default path between two steps; answered by `KernelModeReply`."""
 
     call_id: int
-    mode: KernelMode
+    mode: KernelMode | None
+    """None keeps the default, which is of use with a split."""
     expected_generation: int | None = None
+    split: Split | None = None
+    """None ends one."""
+
+
+class RearmGuard(_Message, frozen=True):
+    """Ends a fallback of the shadow guard; answered by `KernelModeReply`."""
+
+    call_id: int
+
+
+class Examine(_Message, frozen=True):
+    """Asks how two paths differ on one sequence, and what their QK step takes; answered by `ExamineReply`.
+
+    The engine computes it between steps, in parts, on blocks of the KV cache that it gives back.
+    """
+
+    call_id: int
+    left: KernelMode
+    right: KernelMode
+    token_ids: list[int]
+    """Prompt and answer; empty compares no logits."""
+    prompt_len: int
+    """Logits are compared from the prompt's last token on."""
+    qk_tokens: tuple[int, ...] = ()
+    """Sizes of steps to time the QK step at."""
 
 
 class CancelRequest(_Message, frozen=True):
@@ -92,7 +134,7 @@ class EndAll(_Message, frozen=True):
     reason: EndReason
 
 
-ToEngine = AddRequest | FinishRequest | SetKernelMode | CancelRequest | EndAll
+ToEngine = AddRequest | FinishRequest | SetKernelMode | RearmGuard | Examine | CancelRequest | EndAll
 
 
 # ---- engine to front end ----
@@ -124,6 +166,29 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     defaults: GenerationDefaults
 
 
+class GuardState(msgspec.Struct, frozen=True, array_like=True):
+    """What the shadow guard does and whether it has fallen back."""
+
+    every_steps: int = 0
+    """Steps of a phase from one check to the next; 0 for none."""
+    threshold: float = 0.0
+    left_mode: KernelMode | None = None
+    """The mode that it fell back from; None if it has not."""
+    relative_error: float = 0.0
+    """The error that made it."""
+
+
+class Routing(msgspec.Struct, frozen=True, array_like=True):
+    """Which path a request takes that pins none."""
+
+    mode: KernelMode
+    """The default of this moment, also while time slices take turns."""
+    generation: int
+    """Counts the choices of an operator or of the guard; a turn of the time slices is none."""
+    split: Split | None = None
+    guard: GuardState = GuardState()
+
+
 class EngineReady(_Message, frozen=True):
     """First on every connection, once weights are loaded and every mode is warmed up."""
 
@@ -132,8 +197,7 @@ class EngineReady(_Message, frozen=True):
     attention_backend: str
     kernel_backends: dict[KernelMode, str]
     """The modes that this engine runs and the implementation behind each."""
-    kernel_mode: KernelMode
-    generation: int
+    routing: Routing
     kv_blocks: int
     block_size: int
     max_running: int
@@ -180,6 +244,25 @@ class Ended(_Message, frozen=True):
 RequestEvent = Scheduled | Token | Ended
 
 
+class QKTiming(msgspec.Struct, frozen=True, array_like=True):
+    """Device time of the QK-norm step of one layer, in a sampled step."""
+
+    phase: RowPhase
+    kernel_mode: KernelMode
+    seconds: float
+
+
+class ShadowCheck(msgspec.Struct, frozen=True, array_like=True):
+    """Both paths' relative error against float32 on one layer's rows of a sampled step."""
+
+    phase: RowPhase
+    kernel_mode: KernelMode
+    """The path that was checked, not unfused."""
+    relative_error: float
+    unfused_error: float
+    passed: bool
+
+
 class StepReport(_Message, frozen=True):
     """What one step did, and the events it caused for this connection. `events` may be empty."""
 
@@ -198,10 +281,14 @@ class StepReport(_Message, frozen=True):
     preemptions: int
     """Preemptions since the last report."""
     events: list[RequestEvent]
+    timings: tuple[QKTiming, ...] = ()
+    """Of earlier steps, known now."""
+    checks: tuple[ShadowCheck, ...] = ()
+    """Likewise."""
 
 
 class KernelModeReply(_Message, frozen=True):
-    """Answers `SetKernelMode`."""
+    """Answers `SetKernelMode` and `RearmGuard`."""
 
     call_id: int
     refusal: Refusal
@@ -220,14 +307,43 @@ class CancelReply(_Message, frozen=True):
     """Whether the caller has a request of that id, which then ends as "cancelled"."""
 
 
+class PositionDrift(msgspec.Struct, frozen=True, array_like=True):
+    """How the logits after one token differ, both paths fed the same tokens."""
+
+    max_difference: float
+    mean_difference: float
+    kl_divergence: float
+    """Of the right path from the left, in nats."""
+    same_top1: bool
+    top2_gap: float
+    """By how much the left path's likeliest token leads its second."""
+
+
+class QKSeconds(msgspec.Struct, frozen=True, array_like=True):
+    """What the QK step of one layer takes on each path, at one size."""
+
+    tokens: int
+    left: float
+    right: float
+
+
+class ExamineReply(_Message, frozen=True):
+    """Answers `Examine`."""
+
+    call_id: int
+    refusal: Refusal
+    """"no_room" if the KV cache has none for the sequence now."""
+    positions: list[PositionDrift] = []
+    qk: list[QKSeconds] = []
+
+
 class KernelModeChanged(_Message, frozen=True):
-    """Told to every connection when the default has changed, whoever asked."""
+    """Told to every connection when another default holds, whoever chose it."""
 
-    current: KernelMode
-    generation: int
+    routing: Routing
 
 
-FromEngine = EngineReady | StepReport | KernelModeReply | CancelReply | KernelModeChanged
+FromEngine = EngineReady | StepReport | KernelModeReply | CancelReply | ExamineReply | KernelModeChanged
 
 
 # ---- framing ----

@@ -24,7 +24,10 @@ from fusewire.service.messages import (
     EngineReady,
     KernelPath,
     Phase,
+    Routing,
+    RowPhase,
     Scheduled,
+    ShadowCheck,
     StepReport,
     Token,
 )
@@ -38,6 +41,9 @@ TOKEN_BUCKETS = (
 )
 STEP_BUCKETS = (0.0001, 0.00025, *TOKEN_BUCKETS)
 CALL_BUCKETS = (0.0005, *REQUEST_BUCKETS)
+KERNEL_BUCKETS = tuple(scale * 1e-6 for scale in (
+    1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1e3, 2e3, 5e3, 1e4, 5e4,
+))
 BATCH_BUCKETS = tuple(float(2**power) for power in range(16))
 
 CODES = {
@@ -52,6 +58,7 @@ CODES = {
 # fmt: on
 
 PATHS = (*(mode.value for mode in KernelMode), "mixed")
+SHADOW_RESULTS = {"passed": True, "failed": False}
 REJECTIONS = ("queue_full", "draining", "engine_unavailable")
 
 
@@ -120,8 +127,8 @@ class RequestMetrics:
         """Take in that the engine has become usable, or is gone (None)."""
         self._last_token_at.clear()
 
-    def observe_switch(self, mode: KernelMode, generation: int) -> None:
-        """Take in that the default kernel path was changed."""
+    def observe_routing(self, before: Routing, routing: Routing) -> None:
+        """Take in that another default kernel path holds."""
 
     def observe_scheduled(self, prompt_tokens: int) -> None:
         """Count a request that left the queue for the first time."""
@@ -175,6 +182,10 @@ class Metrics(RequestMetrics):
     def observe_step(self, report: StepReport) -> None:
         """Take in one report of the engine: its load, the step, and the tokens it brought."""
         self._engine.observe(report)
+        for timing in report.timings:
+            self._mode.qk_norm[timing.phase, timing.kernel_mode].observe(timing.seconds)
+        for check in report.checks:
+            self._mode.observe_check(check)
         super().observe_step(report)
 
     def observe_engine(self, ready: EngineReady | None) -> None:
@@ -183,17 +194,18 @@ class Metrics(RequestMetrics):
         self._engine.observe_engine(ready is not None)
         if ready is not None:
             self._mode.backends = ready.kernel_backends
-            self._mode.show(ready.kernel_mode, ready.generation)
+            self._mode.show(ready.routing)
 
     def observe_restart(self) -> None:
         """Count that the engine has died and is started again."""
         self._engine.restarts.inc()
 
-    def observe_switch(self, mode: KernelMode, generation: int) -> None:
-        """Take in that the default kernel path was changed."""
-        self._mode.switches.inc()
-        self._mode.last_switch.set_to_current_time()
-        self._mode.show(mode, generation)
+    def observe_routing(self, before: Routing, routing: Routing) -> None:
+        """Take in that another default kernel path holds; a turn of time slices is no switch."""
+        if routing.generation != before.generation:
+            self._mode.switches.inc()
+            self._mode.last_switch.set_to_current_time()
+        self._mode.show(routing)
 
 
 class Scrape:
@@ -275,7 +287,7 @@ class _EngineMetrics:
 
 
 class _KernelModeMetrics:
-    """The default kernel path and its changes."""
+    """The default kernel path and its changes, and what is seen of the paths in sampled steps."""
 
     def __init__(self, make: "_Maker") -> None:
         self.backends: dict[KernelMode, str] = {}
@@ -290,11 +302,37 @@ class _KernelModeMetrics:
             "kernel_mode",
             "backend",
         )
+        kernels = make.histogram(
+            "qk_norm_kernel_duration_seconds",
+            "Device time of the QK-norm step of one layer, in sampled steps; by the clock on a CPU",
+            KERNEL_BUCKETS,
+            "phase",
+            "kernel_mode",
+        )
+        phases = get_args(RowPhase)
+        self.qk_norm = {(phase, mode): kernels.labels(phase, mode) for phase in phases for mode in KernelMode}
+        checks = make.counter("shadow_checks", "Checks of a kernel path against float32, by result", "result")
+        self._checks = {passed: checks.labels(result) for result, passed in SHADOW_RESULTS.items()}
+        errors = make.gauge(
+            "shadow_max_relative_error", "The largest relative error that a check has found so far", "phase"
+        )
+        self._errors = {phase: errors.labels(phase) for phase in phases}
+        self._worst: dict[RowPhase, float] = dict.fromkeys(phases, 0.0)
+        self._fallback = make.gauge(
+            "shadow_fallback_active", "Whether the shadow guard has left a kernel path for unfused"
+        )
 
-    def show(self, current: KernelMode, generation: int) -> None:
-        self._generation.set(generation)
+    def show(self, routing: Routing) -> None:
+        self._generation.set(routing.generation)
+        self._fallback.set(routing.guard.left_mode is not None)
         for mode, backend in self.backends.items():
-            self._info.labels(mode, backend).set(mode is current)
+            self._info.labels(mode, backend).set(mode is routing.mode)
+
+    def observe_check(self, check: ShadowCheck) -> None:
+        self._checks[check.passed].inc()
+        if not check.relative_error <= self._worst[check.phase]:  # a NaN shows too
+            self._worst[check.phase] = check.relative_error
+            self._errors[check.phase].set(check.relative_error)
 
 
 class MethodMetrics:

@@ -10,21 +10,24 @@ import logging
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
 
-from fusewire.kernels.modes import KernelMode
 from fusewire.service.auth import CredentialError
 from fusewire.service.config import ServeConfig
 from fusewire.service.front_ends import FrontEnds, SharedServing
-from fusewire.service.messages import EngineReady
+from fusewire.service.messages import EngineReady, Routing
 from fusewire.service.metrics import Metrics, Scrape
 from fusewire.service.model_source import ModelError, find_folder, public_name
 from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.supervisor import EngineSupervisor
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
+
+if TYPE_CHECKING:
+    from fusewire.service.dashboard import Dashboard
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +60,21 @@ async def _serve(config: ServeConfig) -> int:
 class Server:
     """One server, made once and stopped once.
 
-    After `start`, `port`, `admin_port` and `metrics_port` are the real ones.
+    After `start`, `port`, `admin_port`, `metrics_port` and `dashboard_port` are the real ones.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self.port = config.port
         self.admin_port = config.admin_port
         self.metrics_port = config.metrics_port
+        self.dashboard_port = config.dashboard_port
         self._config = config
         self._stopping = asyncio.Event()
         self._failure: str | None = None
         self._starts_failed = 0
         self._supervisor: EngineSupervisor | None = None
         self._front_ends: FrontEnds | None = None
+        self._dashboard: Dashboard | None = None
 
     async def start(self) -> None:
         """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
@@ -88,6 +93,12 @@ class Server:
             await self._front_end.start()
             if self._front_ends is not None:
                 await self._front_ends.start()
+            if config.dashboard:
+                from fusewire.service.dashboard import Dashboard  # brings an HTTP library along
+
+                self._dashboard = Dashboard(self.serving, self._registry)
+                await self._dashboard.start()
+                self.dashboard_port = self._dashboard.port
             self._scrapes, self._scrape_thread = start_http_server(
                 config.metrics_port, config.metrics_host, self._registry
             )
@@ -110,6 +121,8 @@ class Server:
             config.metrics_host,
             self.metrics_port,
         )
+        if self._dashboard is not None:
+            log.info("dashboard: http://127.0.0.1:%d/", self.dashboard_port)
         await self.serving.engine.start()
         self._loading = asyncio.create_task(self._load(), name="load")
         self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
@@ -124,7 +137,7 @@ class Server:
             self._socket_path,
             SERVICE_NAMES,
             on_engine=self._follow_engine,
-            on_switch=self._remember_switch,
+            on_routing=self._remember_routing,
             metrics=self._metrics,
         )
         self._front_end = FrontEnd(self._config, self.serving)
@@ -149,7 +162,7 @@ class Server:
             self._socket_path,
             SERVICE_NAMES,
             on_engine=self._follow_engine,
-            on_switch=self._remember_switch,
+            on_routing=self._remember_routing,
             metrics=self._metrics,
             front_ends=self._front_ends,
         )
@@ -157,6 +170,8 @@ class Server:
 
     async def _abandon(self) -> None:
         """Undo what a failed start has done."""
+        if self._dashboard is not None:
+            await self._dashboard.stop()
         await self._front_end.stop(0)
         if self._front_ends is not None:
             await self._front_ends.stop()
@@ -172,10 +187,10 @@ class Server:
                 self._config.engine(str(folder)), self._socket_path, self._count_exit, self._fail
             )
             await self._supervisor.start()
+            if self._front_ends is None or self._dashboard is not None:  # whose comparisons run here
+                self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
             if self._front_ends is not None:
                 self._front_ends.load_tokenizer(folder)
-            else:
-                self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
         except (ModelError, TokenizerError) as error:
             self._fail(str(error))
         except Exception:
@@ -203,12 +218,12 @@ class Server:
             "ready: model=%s device=%r kernel_mode=%s",
             self.serving.model_name,
             ready.device,
-            ready.kernel_mode,
+            ready.routing.mode,
         )
 
-    def _remember_switch(self, mode: KernelMode, generation: int) -> None:
+    def _remember_routing(self, routing: Routing) -> None:
         if self._supervisor is not None:
-            self._supervisor.remember(mode, generation)
+            self._supervisor.remember(routing)
 
     def _count_exit(self, code: int) -> None:
         self._metrics.observe_restart()
@@ -250,6 +265,8 @@ class Server:
         for task in (self._loading, self._watching):
             task.cancel()
         await asyncio.gather(self._loading, self._watching, return_exceptions=True)
+        if self._dashboard is not None:
+            await self._dashboard.stop()
         await self._front_end.stop(FLUSH_SECONDS)
         if self._front_ends is not None:
             await self._front_ends.stop()

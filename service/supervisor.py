@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import EngineConfig
+from fusewire.service.messages import Routing
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,6 @@ class EngineSupervisor(ChildSupervisor):
         """The engine's configuration."""
         return msgspec.json.encode(self._config) + b"\n"
 
-    def remember(self, mode: KernelMode, generation: int) -> None:
-        """Start later engines with a kernel mode that was chosen while this one runs."""
-        self._config = msgspec.structs.replace(self._config, kernel_mode=mode, generation=generation)
+    def remember(self, routing: Routing) -> None:
+        """Start later engines with the kernel paths that hold while this one runs."""
+        self._config = msgspec.structs.replace(self._config, routing=routing)

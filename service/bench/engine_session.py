@@ -231,8 +231,8 @@ class Session:
         options = msgspec.to_builtins(self._config)
         del options["model_path"]
         return Setup(
-            kernel_mode=ready.kernel_mode,
-            kernel_backend=ready.kernel_backends[ready.kernel_mode],
+            kernel_mode=ready.routing.mode,
+            kernel_backend=ready.kernel_backends[ready.routing.mode],
             attention_backend=ready.attention_backend,
             kv_tokens=ready.kv_blocks * ready.block_size,
             context_length=self.context_length,

@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from fusewire.model.runner import ModelRunner, RunnerOptions
+from fusewire.model.shadow import default_threshold
 from fusewire.service.config import EngineConfig
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
@@ -26,7 +27,8 @@ from fusewire.service.engine.engine import Engine
 from fusewire.service.engine.progress import show_progress
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine.step_time import StepTimes
-from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo
+from fusewire.service.engine.watch import StepWatch
+from fusewire.service.messages import EngineReady, GenerationDefaults, GuardState, ModelInfo, Routing
 from fusewire.service.supervisor import EXIT_UNUSABLE
 
 log = logging.getLogger("fusewire.engine")
@@ -65,7 +67,10 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
     names = RunnerOptions.__dataclass_fields__
     options = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if name in names}
     with show_progress() as progress:
-        runner = ModelRunner(RunnerOptions(path=Path(config.model_path), **options), progress=progress)
+        runner = ModelRunner(
+            RunnerOptions(path=Path(config.model_path), shadow=config.shadow_every > 0, **options),
+            progress=progress,
+        )
     runner.warm_up(config.kernel_modes)
     pool = BlockPool(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(
@@ -77,11 +82,13 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
         config.prefix_cache,
     )
     inbox: Inbox = SimpleQueue()
-    ready = describe(runner, config)
+    threshold = config.shadow_threshold or default_threshold(runner.dtype_name)
+    watch = StepWatch(runner, config.shadow_every, config.qk_timing_every, threshold)
+    ready = describe(runner, config, GuardState(config.shadow_every, threshold))
     log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
     log.info("start: %s", ", ".join(f"{name}={value:.4g}" for name, value in runner.start_report.items()))
     overlap = runner.device_name != "cpu"  # there a launch returns with the work done
-    return Engine(runner, scheduler, ready, inbox, overlap), inbox
+    return Engine(runner, scheduler, ready, inbox, overlap, watch, examiner=runner), inbox
 
 
 def calm_garbage_collector() -> None:
@@ -97,9 +104,10 @@ def leave_a_core_to_the_front_end() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
+def describe(runner: ModelRunner, config: EngineConfig, guard: GuardState) -> EngineReady:
     """Say what a front end must know of the model and the engine."""
     model = runner.config
+    routing = config.routing or Routing(config.kernel_mode, generation=1, guard=guard)
     return EngineReady(
         model=ModelInfo(
             architecture=model.architecture,
@@ -117,8 +125,7 @@ def describe(runner: ModelRunner, config: EngineConfig) -> EngineReady:
         device=runner.device_name,
         attention_backend=runner.attention_backend,
         kernel_backends={mode: runner.kernel_backend(mode) for mode in config.kernel_modes},
-        kernel_mode=config.kernel_mode,
-        generation=config.generation,
+        routing=routing,
         kv_blocks=runner.num_blocks,
         block_size=runner.block_size,
         max_running=runner.max_running,

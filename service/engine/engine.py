@@ -9,6 +9,8 @@ of gRPC or text.
 import itertools
 import logging
 import time
+from collections import deque
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty
@@ -19,21 +21,29 @@ import msgspec
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Sampled, Step
 from fusewire.service.engine.channel import Change, Connection, Inbox
+from fusewire.service.engine.examination import Examiner, examine
 from fusewire.service.engine.plan import StepPlan
 from fusewire.service.engine.request import Request
+from fusewire.service.engine.routing import Router
 from fusewire.service.engine.scheduler import Scheduler
+from fusewire.service.engine.watch import StepWatch
 from fusewire.service.messages import (
     AddRequest,
     CancelReply,
     CancelRequest,
     EndAll,
     EngineReady,
+    Examine,
+    ExamineReply,
     FinishRequest,
     KernelModeChanged,
     KernelModeReply,
+    QKTiming,
+    RearmGuard,
     Refusal,
     RequestEvent,
     SetKernelMode,
+    ShadowCheck,
     StepReport,
     ToEngine,
 )
@@ -77,10 +87,19 @@ class Engine:
         inbox: where messages arrive.
         overlap: whether to launch a step before the one ahead of it is collected; of use where
             `launch` returns before the work is done.
+        watch: looks closer at some steps.
+        examiner: compares kernel paths; without one that is not available.
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, ready: EngineReady, inbox: Inbox, overlap: bool = True
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        ready: EngineReady,
+        inbox: Inbox,
+        overlap: bool = True,
+        watch: StepWatch | None = None,
+        examiner: Examiner | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -89,7 +108,11 @@ class Engine:
         self._overlap = overlap
         self._connections: list[Connection] = []
         self._orders = itertools.count()
-        self._generation = ready.generation
+        self._watch = watch
+        self._examiner = examiner
+        self._examinations: deque[tuple[Connection, Generator[ExamineReply | None]]] = deque()
+        self._router = Router(ready.routing, frozenset(ready.kernel_backends), time.monotonic())
+        scheduler.reroute(self._router.mode_of)
         self._ahead: LaunchedStep | None = None
         """Launched and not collected yet."""
         self._ahead_ended = 0.0
@@ -100,8 +123,8 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no request and no step, so that only a message can change anything."""
-        return self._ahead is None and self._scheduler.is_idle
+        """Whether there is nothing to do, so that only a message can change anything."""
+        return self._ahead is None and self._scheduler.is_idle and not self._examinations
 
     def stop(self) -> None:
         """Let `serve` return after the step that runs; safe from any thread."""
@@ -122,6 +145,8 @@ class Engine:
         """
         self._take_in()
         now = time.monotonic()
+        if self._router.turn(now):
+            self._apply_routing()
         self._scheduler.expire(now)
         plan = self._scheduler.plan(now)
         launched = self._launch(plan) if plan is not None else None
@@ -129,6 +154,8 @@ class Engine:
         due, self._ahead = (self._ahead, launched) if self._overlap else (launched, None)
         if due is not None:
             self._settle(due)
+        if self._examinations:
+            self._examine_on()
 
     # ---- in ----
 
@@ -154,18 +181,21 @@ class Engine:
                 for request in self._scheduler.live():
                     self._scheduler.finish(request.spec.request_id, reason)
             case SetKernelMode():
-                self._set_kernel_mode(connection, message)
+                previous = self._router.routing.mode
+                refusal = self._router.choose(message, time.monotonic())
+                self._answer_switch(connection, message.call_id, refusal, previous)
+            case RearmGuard(call_id=call_id):
+                previous = self._router.routing.mode
+                refusal = self._router.rearm(time.monotonic())
+                self._answer_switch(connection, call_id, refusal, previous)
+            case Examine():
+                self._begin_examination(connection, message)
             case Change.OPENED:
                 self._connections.append(connection)
-                connection.send(self._greeting())
+                connection.send(msgspec.structs.replace(self._ready, routing=self._router.routing))
             case Change.CLOSED:
                 self._connections.remove(connection)
                 self._cancel_all_of(connection)
-
-    def _greeting(self) -> EngineReady:
-        return msgspec.structs.replace(
-            self._ready, kernel_mode=self._scheduler.default_mode, generation=self._generation
-        )
 
     def _cancel(self, message: CancelRequest) -> bool:
         """End a caller's request; False if the caller has none of that id."""
@@ -179,39 +209,80 @@ class Engine:
         for request in self._scheduler.live():
             if request.owner is connection:
                 self._scheduler.finish(request.spec.request_id, "cancelled")
+        for owner, parts in self._examinations:
+            if owner is connection:
+                parts.close()
+        self._examinations = deque(each for each in self._examinations if each[0] is not connection)
 
-    def _set_kernel_mode(self, connection: Connection, message: SetKernelMode) -> None:
-        previous = self._scheduler.default_mode
-        refusal = self._refusal(message)
+    # ---- the kernel mode ----
+
+    def _answer_switch(
+        self, connection: Connection, call_id: int, refusal: Refusal, previous: KernelMode
+    ) -> None:
+        """Let a switch hold, unless it was refused, and tell who asked for it."""
         if not refusal:
-            self._scheduler.default_mode = message.mode
-            self._generation += 1
-            for each in self._connections:
-                each.send(KernelModeChanged(message.mode, self._generation))
+            self._apply_routing()
+        routing = self._router.routing
         connection.send(
             KernelModeReply(
-                message.call_id,
+                call_id,
                 refusal,
                 previous=previous,
-                current=self._scheduler.default_mode,
-                generation=self._generation,
+                current=routing.mode,
+                generation=routing.generation,
                 applied_at_step=self._step + 1,
             )
         )
 
-    def _refusal(self, message: SetKernelMode) -> Refusal:
-        if message.mode not in self._ready.kernel_backends:
-            return "not_available"
-        if message.expected_generation not in (None, self._generation):
-            return "stale_generation"
-        return ""
+    def _apply_routing(self) -> None:
+        """Let the next plan follow the router, and tell everyone."""
+        self._scheduler.reroute(self._router.mode_of)
+        for each in self._connections:
+            each.send(KernelModeChanged(self._router.routing))
+
+    def _judge(self, checks: tuple[ShadowCheck, ...]) -> None:
+        """Leave a path that failed a check."""
+        for check in checks:
+            if check.passed:
+                continue
+            log.error(
+                "shadow check failed: kernel_mode=%s phase=%s relative_error=%.3g unfused_error=%.3g",
+                check.kernel_mode,
+                check.phase,
+                check.relative_error,
+                check.unfused_error,
+            )
+            if self._router.fall_back(check.kernel_mode, check.relative_error, time.monotonic()):
+                log.error("fell back to unfused: generation=%d", self._router.routing.generation)
+                self._apply_routing()
+
+    # ---- examinations ----
+
+    def _begin_examination(self, connection: Connection, wish: Examine) -> None:
+        if self._examiner is None or not {wish.left, wish.right} <= self._ready.kernel_backends.keys():
+            connection.send(ExamineReply(wish.call_id, "not_available"))
+            return
+        scheduler = self._scheduler
+        parts = examine(self._examiner, wish, scheduler.pool, len(scheduler.running))
+        self._examinations.append((connection, parts))
+
+    def _examine_on(self) -> None:
+        """Do a part of the first examination."""
+        connection, parts = self._examinations[0]
+        reply = next(parts)
+        if reply is not None:
+            self._examinations.popleft()
+            connection.send(reply)
 
     # ---- a step, and out ----
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         self._step = plan.number
         launched_at = time.monotonic()
-        return LaunchedStep(plan, self._runner.launch(plan.step), launched_at)
+        handle = self._runner.launch(plan.step)
+        if self._watch is not None:
+            self._watch.note_launch(plan)
+        return LaunchedStep(plan, handle, launched_at)
 
     def _settle(self, launched: LaunchedStep) -> None:
         """Wait for a step, take its results in and report it."""
@@ -222,14 +293,22 @@ class Engine:
         self._ahead_ended = now
         backend = self._runner.backend(plan.mode, plan.decode_tokens + plan.prefill_tokens)
         self._scheduler.commit(plan, sampled, now, backend, seconds)
-        self._publish_step(plan, seconds)
+        timings, checks = self._watch.take() if self._watch is not None else ((), ())
+        self._publish_step(plan, seconds, timings, checks)
+        self._judge(checks)
 
     def _publish_events(self) -> None:
         """Send what happened between two steps to whom it concerns."""
         for connection, events in self._scheduler.take_events().items():
             connection.send(self._report(events))
 
-    def _publish_step(self, plan: StepPlan, seconds: float) -> None:
+    def _publish_step(
+        self,
+        plan: StepPlan,
+        seconds: float,
+        timings: tuple[QKTiming, ...],
+        checks: tuple[ShadowCheck, ...],
+    ) -> None:
         """Report a step to every connection, each with its own events."""
         events_of = self._scheduler.take_events()
         preemptions = self._scheduler.preemptions - self._reported_preemptions
@@ -246,6 +325,8 @@ class Engine:
                     prefill_tokens=plan.prefill_tokens,
                     decode_tokens=plan.decode_tokens,
                     preemptions=preemptions,
+                    timings=timings,
+                    checks=checks,
                 )
             )
 
@@ -254,7 +335,7 @@ class Engine:
         return StepReport(
             step=self._step,
             phase=None,
-            kernel_mode=scheduler.default_mode,
+            kernel_mode=self._router.routing.mode,
             duration=0.0,
             prefill_tokens=0,
             decode_tokens=0,

@@ -29,27 +29,25 @@ class RankedRequests(list[Request]):
 
 
 class WaitingRequests:
-    """Requests that hold no blocks, by the kernel mode that they pin."""
+    """Requests that hold no blocks, by the kernel mode of their next step."""
 
     def __init__(self) -> None:
-        pins: tuple[KernelMode | None, ...] = (None, *KernelMode)
-        self._by_pin = {pin: RankedRequests() for pin in pins}
+        self._by_mode = {mode: RankedRequests() for mode in KernelMode}
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_pin.values()))
+        return sum(map(len, self._by_mode.values()))
 
     def add(self, request: Request) -> None:
         """Queue a request by its rank."""
-        self._by_pin[request.pin].add(request)
+        self._by_mode[request.mode].add(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it stands."""
-        self._by_pin[request.pin].discard(request)
+        self._by_mode[request.mode].discard(request)
 
-    def first(self, mode: KernelMode, default: KernelMode) -> Request | None:
-        """The best of those that would run on `mode` when the others follow `default`."""
-        pins = (mode, None) if mode is default else (mode,)
-        return min((queue[0] for pin in pins if (queue := self._by_pin[pin])), key=_rank, default=None)
+    def first(self, mode: KernelMode) -> Request | None:
+        """The best of those that would run on a mode."""
+        return next(iter(self._by_mode[mode]), None)
 
 
 class Deadlines:

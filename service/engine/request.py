@@ -6,15 +6,13 @@ Knows nothing of what is said on the socket or of tensors.
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Row, Seating
 from fusewire.service.engine.channel import Connection
 from fusewire.service.engine.prefix_cache import PrefixChain
-from fusewire.service.messages import AddRequest, Ended, EndReason, KernelPath
-
-RowPhase = Literal["prefill", "decode"]
+from fusewire.service.messages import AddRequest, Ended, EndReason, KernelPath, RowPhase
 
 NO_SEAT = -1
 
@@ -58,6 +56,8 @@ class Request:
     ban_ends: int = field(init=False)
     """Rows that end before this position must not choose `banned_ids`."""
 
+    mode: KernelMode = KernelMode.FUSED
+    """Of its next step; the scheduler says, unless it is pinned."""
     seat: int = NO_SEAT
     """Index of its tables on the device while it runs."""
     blocks: list[int] = field(default_factory=list)

@@ -12,7 +12,7 @@ rank loses its blocks and is recomputed later. Knows nothing of tensors, sockets
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Sampled
@@ -37,7 +37,7 @@ class Scheduler:
         pool: the KV cache's blocks; must hold one request of the longest context.
         max_running: the most requests that hold blocks at once; each has a seat below this number.
         max_step_tokens: the token budget of a step, at least `max_running`.
-        default_mode: the path of requests that pin none.
+        default_mode: the path of requests that pin none, until `reroute`.
         times: bounds the prefill beside decode rows; by default there is no bound.
         prefix_cache: whether requests may find what others have computed.
     """
@@ -54,7 +54,6 @@ class Scheduler:
         if max_step_tokens < max_running:
             raise ValueError(f"max_step_tokens: {max_step_tokens} is less than max_running {max_running}")
         self.pool = pool
-        self.default_mode = default_mode
         self.waiting = WaitingRequests()
         self.running = RankedRequests()
         self.preemptions = 0
@@ -65,12 +64,13 @@ class Scheduler:
         self._times = times or StepTimes()
         self._prefixes = PrefixCache(pool) if prefix_cache else None
         self._free_seats = list(range(max_running - 1, -1, -1))
+        self._route: Callable[[str], KernelMode] = lambda request_id: default_mode
         self._last_mode = default_mode
         self._planned = self._settled = 0
         self._refused: tuple[Request, KernelMode, int] | None = None
         """Who had no room last, on which mode, and how many blocks there were to spare."""
         self._live: dict[str, Request] = {}
-        self._live_by_pin: Counter[KernelMode | None] = Counter()
+        self._live_by_mode: Counter[KernelMode] = Counter()
         self._deadlines = Deadlines()
         self._events: defaultdict[Connection, list[RequestEvent]] = defaultdict(list)
         self._runs: dict[tuple[KernelMode, str], tuple[Run, Run]] = {}
@@ -79,8 +79,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request by its rank; one that could never fit the pool ends as "error"."""
+        request.mode = request.pin or self._route(request.spec.request_id)
         self._live[request.spec.request_id] = request
-        self._live_by_pin[request.pin] += 1
+        self._live_by_mode[request.mode] += 1
         self._deadlines.add(request)
         self.waiting.add(request)
         if self.pool.blocks_for(request.max_length) > self.pool.num_blocks:
@@ -90,6 +91,23 @@ class Scheduler:
         """End a request from outside; unknown ids are ignored."""
         if request := self._live.get(request_id):
             self._end(request, reason)
+
+    def reroute(self, route: Callable[[str], KernelMode]) -> None:
+        """Let requests that pin no mode take what `route` names for their id, from the next plan on."""
+        self._route = route
+        for request in self._live.values():
+            if request.pin is None and request.mode is not (mode := route(request.spec.request_id)):
+                self._change_mode(request, mode)
+
+    def _change_mode(self, request: Request, mode: KernelMode) -> None:
+        waits = request.seat == NO_SEAT
+        if waits:
+            self.waiting.remove(request)
+        self._live_by_mode[request.mode] -= 1
+        self._live_by_mode[mode] += 1
+        request.mode = mode
+        if waits:
+            self.waiting.add(request)
 
     def find(self, request_id: str) -> Request | None:
         """The live request of this id."""
@@ -122,7 +140,7 @@ class Scheduler:
         The plan must be launched, and settled by `commit` in the order of the plans.
         """
         for mode in TURNS[self._last_mode]:
-            if self._is_wanted(mode):
+            if self._live_by_mode[mode]:
                 plan = StepPlan(self._planned + 1, mode)
                 self._add_decodes(plan, now)
                 self._add_prefills(plan, now)
@@ -131,19 +149,11 @@ class Scheduler:
                     return plan
         return None
 
-    def mode_of(self, request: Request) -> KernelMode:
-        """The path of a request's next step."""
-        return request.pin or self.default_mode
-
-    def _is_wanted(self, mode: KernelMode) -> bool:
-        follow = mode is self.default_mode and self._live_by_pin[None]
-        return bool(self._live_by_pin[mode] or follow)
-
     def _add_decodes(self, plan: StepPlan, now: float) -> None:
         """Give every answer that goes on its row."""
-        mode, default, block_size = plan.mode, self.default_mode, self.pool.block_size
+        mode, block_size = plan.mode, self.pool.block_size
         for request in tuple(self.running):  # growing may preempt, but only those behind
-            if request.decoding and (request.pin or default) is mode:
+            if request.decoding and request.mode is mode:
                 if request.computed < len(request.blocks) * block_size:
                     plan.add_decode(request, -1)
                 elif self._grow(request, now):
@@ -196,7 +206,7 @@ class Scheduler:
     def _candidates(self, plan: StepPlan, now: float) -> Iterator[Request]:
         """Running requests that prefill on the plan's mode, then waiting ones, admitted when asked for."""
         for request in tuple(self._prefilling):
-            if self.mode_of(request) is plan.mode:
+            if request.mode is plan.mode:
                 yield request
         while admitted := self._admit(plan, now):
             yield admitted
@@ -210,7 +220,7 @@ class Scheduler:
         """
         if len(self.running) == self._max_running:
             return None
-        request = self.waiting.first(plan.mode, self.default_mode)
+        request = self.waiting.first(plan.mode)
         if request is None or request.last_step > self._settled:
             return None
         spare = self.pool.num_free - len(self.running)  # leave each running answer room to grow
@@ -317,7 +327,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: EndReason, stop_id: int | None = None) -> None:
         del self._live[request.spec.request_id]
-        self._live_by_pin[request.pin] -= 1
+        self._live_by_mode[request.mode] -= 1
         if request.seat == NO_SEAT:
             self.waiting.remove(request)
         else:

@@ -13,8 +13,9 @@ from fusewire.kernels.modes import KernelMode
 
 FIRST_CHUNK = 256
 """Prefill tokens of a mixed step while nothing is known."""
-MIN_CHUNK = 64
-"""Prefill tokens of a mixed step at least, so that prompts always advance."""
+MIN_CHUNK = 32
+"""Prefill tokens of a mixed step at least, so that prompts always advance. More would break the bound at the
+end of a long prompt, where each token attends to much."""
 DECODE_WEIGHT = 0.2
 """What the newest pure decode step counts against those before it, if it was quicker."""
 SLOWER_DECODE_WEIGHT = 0.02

@@ -5,14 +5,20 @@ import math
 
 import grpc
 
+from fusewire.service.messages import EngineReady, KernelModeReply, Routing, Share, Split
 from fusewire.service.rpc.call import Call
-from fusewire.service.rpc.errors import StatusError, failed_precondition, invalid_argument, unimplemented
+from fusewire.service.rpc.errors import StatusError, failed_precondition, invalid_argument
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.rpc.validation import kernel_mode
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import admin_pb2 as pb
+from fusewire.v1 import kernel_pb2
 
 log = logging.getLogger(__name__)
+
+DEFAULT_SLICE_SECONDS = 10.0
+SLICE_SECONDS = (0.05, 3600.0)
+"""The least and the most."""
 
 
 class AdminService:
@@ -22,39 +28,45 @@ class AdminService:
         self._serving = serving
 
     async def GetKernelMode(self, request: pb.GetKernelModeRequest, call: Call) -> pb.GetKernelModeResponse:  # noqa: N802
-        """Tell the default kernel path."""
-        ready, engine = self._serving.ready, self._serving.engine
+        """Tell the default kernel path, how it is split, and what the shadow guard makes of it."""
+        ready, routing = self._serving.ready, self._serving.engine.routing
         return pb.GetKernelModeResponse(
-            mode=WIRE_MODES[engine.kernel_mode],
-            generation=engine.generation,
-            backend=ready.kernel_backends[engine.kernel_mode],
+            mode=WIRE_MODES[routing.mode],
+            generation=routing.generation,
+            backend=ready.kernel_backends[routing.mode],
             available=[WIRE_MODES[mode] for mode in ready.kernel_backends],
+            split=_shares(routing.split),
+            split_kind=_split_kind(routing.split),
+            slice_seconds=_slices(routing.split),
+            guard=_guard(routing),
         )
 
     async def SetKernelMode(self, request: pb.SetKernelModeRequest, call: Call) -> pb.SetKernelModeResponse:  # noqa: N802
-        """Change the default kernel path between two steps and tell when that was."""
-        if request.split:
-            raise unimplemented("split", "a traffic split is not part of this release")
-        mode = kernel_mode(request.mode, "mode", self._serving.ready)
-        if mode is None:
-            raise invalid_argument("mode", "must be set")
+        """Change the default kernel path, or how it is split, between two steps and tell when that was."""
+        ready = self._serving.ready
+        mode, split = kernel_mode(request.mode, "mode", ready), _split(request, ready)
+        if mode is None and split is None:
+            raise invalid_argument("mode", "must be set, or a split given")
         expected = request.expected_generation if request.HasField("expected_generation") else None
-        reply = await self._serving.choose_mode(mode, expected)
-        if reply.refusal == "stale_generation":
-            raise StatusError(
-                grpc.StatusCode.ABORTED,
-                f"expected_generation: is {expected}, but the generation is {reply.generation}",
-            )
-        if reply.refusal == "not_available":
-            raise failed_precondition("mode", f"{mode} is not served")
-        log.info(
-            "kernel mode set: previous=%s current=%s generation=%d applied_at_step=%d",
-            reply.previous,
-            reply.current,
-            reply.generation,
-            reply.applied_at_step,
-        )
+        reply = await self._serving.engine.set_kernel_mode(mode, expected, split)
+        self._require_done(reply, expected)
+        _log_switch("kernel mode set", reply, split)
         return pb.SetKernelModeResponse(
+            previous=WIRE_MODES[reply.previous],
+            current=WIRE_MODES[reply.current],
+            generation=reply.generation,
+            applied_at_step=reply.applied_at_step,
+        )
+
+    async def RearmShadowGuard(  # noqa: N802
+        self, request: pb.RearmShadowGuardRequest, call: Call
+    ) -> pb.RearmShadowGuardResponse:
+        """Go back to the kernel path that the shadow guard left."""
+        self._serving.ready  # noqa: B018  raises UNAVAILABLE while there is no engine
+        reply = await self._serving.engine.rearm_guard()
+        self._require_done(reply, None)
+        _log_switch("shadow guard rearmed", reply, None)
+        return pb.RearmShadowGuardResponse(
             previous=WIRE_MODES[reply.previous],
             current=WIRE_MODES[reply.current],
             generation=reply.generation,
@@ -71,3 +83,100 @@ class AdminService:
         log.info("draining: requested over gRPC, for at most %g s", seconds)
         result = await self._serving.drain(seconds)
         return pb.DrainResponse(finished_requests=result.finished, ended_requests=result.ended)
+
+    def _require_done(self, reply: KernelModeReply, expected: int | None) -> None:
+        """Raise what a refusal of the engine means to the caller."""
+        match reply.refusal:
+            case "stale_generation":
+                raise StatusError(
+                    grpc.StatusCode.ABORTED,
+                    f"expected_generation: is {expected}, but the generation is {reply.generation}",
+                )
+            case "not_available":
+                raise failed_precondition("mode", "is not served")
+            case "guarded":
+                left = self._serving.engine.routing.guard.left_mode
+                raise failed_precondition(
+                    "mode", f"the shadow guard has left {left}; RearmShadowGuard goes back to it"
+                )
+            case "not_fallen_back":
+                raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, "the shadow guard has not fallen back")
+
+
+def _split(request: pb.SetKernelModeRequest, ready: EngineReady) -> Split | None:
+    """Check and translate the split of a request; None if it has none."""
+    known_kinds = pb.SplitKind.values()
+    if request.split_kind not in known_kinds:
+        raise invalid_argument("split_kind", f"{request.split_kind} is no split kind")
+    sliced = request.split_kind == pb.SPLIT_KIND_TIME_SLICE
+    if not request.split:
+        if request.split_kind:
+            raise invalid_argument("split_kind", "needs a split")
+        if request.HasField("slice_seconds"):
+            raise invalid_argument("slice_seconds", "needs a split")
+        return None
+    shares = tuple(_share(share, number, ready) for number, share in enumerate(request.split))
+    if len({share.mode for share in shares}) < len(shares):
+        raise invalid_argument("split", "a mode may be there only once")
+    if (total := sum(share.percent for share in shares)) != 100:
+        raise invalid_argument("split", f"the percentages must add up to 100, got {total}")
+    if request.HasField("slice_seconds") and not sliced:
+        raise invalid_argument("slice_seconds", "is only for SPLIT_KIND_TIME_SLICE")
+    return Split(shares, _slice_seconds(request) if sliced else None)
+
+
+def _share(share: kernel_pb2.TrafficShare, number: int, ready: EngineReady) -> Share:
+    mode = kernel_mode(share.mode, f"split[{number}].mode", ready)
+    if mode is None:
+        raise invalid_argument(f"split[{number}].mode", "must be set")
+    if share.percent > 100:
+        raise invalid_argument(f"split[{number}].percent", f"must be at most 100, got {share.percent}")
+    return Share(mode, share.percent)
+
+
+def _slice_seconds(request: pb.SetKernelModeRequest) -> float:
+    seconds = request.slice_seconds if request.HasField("slice_seconds") else DEFAULT_SLICE_SECONDS
+    least, most = SLICE_SECONDS
+    if not least <= seconds <= most:  # false for NaN too
+        raise invalid_argument("slice_seconds", f"must be {least:g} to {most:g}, got {seconds:g}")
+    return seconds
+
+
+def _shares(split: Split | None) -> list[kernel_pb2.TrafficShare]:
+    shares = () if split is None else split.shares
+    return [kernel_pb2.TrafficShare(mode=WIRE_MODES[share.mode], percent=share.percent) for share in shares]
+
+
+def _split_kind(split: Split | None) -> pb.SplitKind:
+    if split is None:
+        return pb.SPLIT_KIND_UNSPECIFIED
+    return pb.SPLIT_KIND_REQUEST if split.slice_seconds is None else pb.SPLIT_KIND_TIME_SLICE
+
+
+def _slices(split: Split | None) -> float:
+    return 0.0 if split is None else split.slice_seconds or 0.0
+
+
+def _guard(routing: Routing) -> pb.ShadowGuard:
+    guard = routing.guard
+    return pb.ShadowGuard(
+        every_steps=guard.every_steps,
+        threshold=guard.threshold,
+        fallback_active=guard.left_mode is not None,
+        left_mode=WIRE_MODES[guard.left_mode] if guard.left_mode is not None else None,
+        relative_error=guard.relative_error,
+    )
+
+
+def _log_switch(what: str, reply: KernelModeReply, split: Split | None) -> None:
+    shares = () if split is None else split.shares
+    log.info(
+        "%s: previous=%s current=%s split=%s slice_seconds=%s generation=%d applied_at_step=%d",
+        what,
+        reply.previous,
+        reply.current,
+        ",".join(f"{share.mode}:{share.percent}" for share in shares) or "none",
+        "none" if split is None or split.slice_seconds is None else f"{split.slice_seconds:g}",
+        reply.generation,
+        reply.applied_at_step,
+    )

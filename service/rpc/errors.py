@@ -4,6 +4,9 @@ The message of an INVALID_ARGUMENT starts with the field in its proto spelling, 
 `grpc-status-details-bin` names it again, for programs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
@@ -35,19 +38,35 @@ class StatusError(Exception):
         return ((DETAILS_KEY, status.SerializeToString()),)
 
 
+class BadField(StatusError):
+    """Ends a call because of what one field of its request holds."""
+
+    def __init__(self, code: grpc.StatusCode, field: str, problem: str) -> None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
+        super().__init__(
+            code, f"{field}: {problem}", error_details_pb2.BadRequest(field_violations=[violation])
+        )
+        self.field = field
+        self.problem = problem
+
+
+@contextmanager
+def inside(field: str) -> Iterator[None]:
+    """Let the bad fields of a message be named as those of the message that holds it in `field`."""
+    try:
+        yield
+    except BadField as error:
+        raise BadField(error.code, f"{field}.{error.field}", error.problem) from None
+
+
 def invalid_argument(field: str, problem: str) -> StatusError:
     """The field, in its proto spelling, holds something that cannot be used."""
-    return _bad_field(grpc.StatusCode.INVALID_ARGUMENT, field, problem)
+    return BadField(grpc.StatusCode.INVALID_ARGUMENT, field, problem)
 
 
 def failed_precondition(field: str, problem: str) -> StatusError:
     """The field asks for something that this server, as it was started, cannot do."""
-    return _bad_field(grpc.StatusCode.FAILED_PRECONDITION, field, problem)
-
-
-def unimplemented(field: str, problem: str) -> StatusError:
-    """The field asks for something that does not exist yet."""
-    return _bad_field(grpc.StatusCode.UNIMPLEMENTED, field, problem)
+    return BadField(grpc.StatusCode.FAILED_PRECONDITION, field, problem)
 
 
 def unavailable(reason: str) -> StatusError:
@@ -58,13 +77,6 @@ def unavailable(reason: str) -> StatusError:
 def resource_exhausted(reason: str) -> StatusError:
     """The server has as much to do as it takes on."""
     return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, _retry_later())
-
-
-def _bad_field(code: grpc.StatusCode, field: str, problem: str) -> StatusError:
-    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
-    return StatusError(
-        code, f"{field}: {problem}", error_details_pb2.BadRequest(field_violations=[violation])
-    )
 
 
 def _retry_later() -> error_details_pb2.RetryInfo:

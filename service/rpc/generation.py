@@ -1,28 +1,21 @@
 """`GenerationService`: generates text and does what belongs to it.
 
-`Generate` collects what `StreamGenerate` yields, so both give the same text by construction. Knows
-when to ask the engine and when to stop it; how tokens become a client's events is
-`fusewire.service.rpc.answer`.
+`Generate` collects what `StreamGenerate` yields, so both give the same text by construction. How a
+request passes through the engine is `fusewire.service.rpc.run`, how tokens become a client's events
+`fusewire.service.rpc.answer`, and how two paths are compared `fusewire.service.rpc.comparison`.
 """
 
 import asyncio
-import json
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import grpc
-
-from fusewire.service.messages import EndReason
 from fusewire.service.rpc import validation
 from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.call import Call
-from fusewire.service.rpc.errors import StatusError
+from fusewire.service.rpc.comparison import Comparison
+from fusewire.service.rpc.run import Run
 from fusewire.service.rpc.serving import LiveRequest, Serving
-from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
-
-log = logging.getLogger(__name__)
 
 
 class GenerationService:
@@ -60,38 +53,15 @@ class GenerationService:
 
         The request leaves the engine whichever way this ends, a vanished client included.
         """
-        serving, engine = self._serving, self._serving.engine
+        serving = self._serving
         with serving.admitted(call.caller, call.arrival) as live:
             answer = await self._prepare(request, live, call)
-            events = engine.submit(answer.request)
-            reason: EndReason = "cancelled"  # the client being gone is all that can end this so early
-            try:
+            with Run(serving, live, answer, request.client_request_id) as run:
                 await call.send_request_id(live.request_id)
-                reason = "error"
-                waits, stop_sent = True, False
-                while answer.ended is None:
-                    responses = answer.take(await events.take())
-                    if waits and answer.is_scheduled:
-                        serving.note_scheduled(live, len(answer.request.prompt_ids))
-                        waits = False
-                    if answer.ended is not None:
-                        serving.note_ended(live)
-                    if answer.has_stopped and not stop_sent:
-                        engine.finish(live.request_id, "stop")
-                        stop_sent = True
-                    for response in responses:
+                while not run.has_ended:
+                    for response in await run.take():
                         yield response
-                reason = answer.reason
-                _require_good_end(reason, call)
-                yield answer.finished()
-            except (asyncio.CancelledError, GeneratorExit):
-                reason = reason if answer.ended else "cancelled"
-                raise
-            finally:
-                if answer.ended is None:
-                    engine.finish(live.request_id, "cancelled")
-                serving.metrics.observe_finished(answer.account(reason))
-                _log_end(request, answer, reason)
+                yield run.finished(call)
 
     async def _prepare(self, request: pb.GenerateRequest, live: LiveRequest, call: Call) -> Answer:
         """Check the request, tokenize its prompt and resolve what it leaves unset."""
@@ -99,7 +69,7 @@ class GenerationService:
         ready, tokenizer = serving.ready, serving.tokenizer
         serving.require_model(request.model)
         validation.check_request(request, ready)
-        prompt_ids = await _encode_prompt(request, tokenizer)
+        prompt_ids = await validation.encode_prompt_aside(request, tokenizer)
         echo = ""
         if request.response.echo_prompt:
             echo = await asyncio.to_thread(validation.prompt_text, request, tokenizer)
@@ -114,9 +84,13 @@ class GenerationService:
         )
         return Answer(add, options, tokenizer)
 
-    def Compare(self, request: pb.CompareRequest, call: Call) -> AsyncGenerator[pb.CompareResponse]:  # noqa: N802
-        """Refuse: comparing is not part of this release."""
-        raise StatusError(grpc.StatusCode.UNIMPLEMENTED, "Compare is not part of this release")
+    async def Compare(  # noqa: N802
+        self, request: pb.CompareRequest, call: Call
+    ) -> AsyncGenerator[pb.CompareResponse]:
+        """Run two kernel paths side by side, then each alone, and yield what comes and a report."""
+        async with aclosing(Comparison(self._serving, call).compare(request)) as responses:
+            async for response in responses:
+                yield response
 
     async def CancelGeneration(  # noqa: N802
         self, request: pb.CancelGenerationRequest, call: Call
@@ -155,29 +129,3 @@ class GenerationService:
         context_length = self._serving.ready.model.context_length
         token_ids = await asyncio.to_thread(validation.encode_prompt, request, self._serving.tokenizer)
         return pb.CountTokensResponse(prompt_tokens=len(token_ids), context_length=context_length)
-
-
-async def _encode_prompt(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
-    """Tokenize off the event loop; what is tokens already need not go there."""
-    if request.HasField("token_ids"):
-        return validation.encode_prompt(request, tokenizer)
-    return await asyncio.to_thread(validation.encode_prompt, request, tokenizer)
-
-
-def _require_good_end(reason: EndReason, call: Call) -> None:
-    """Raise unless the reason is one that a Finished can tell."""
-    if reason == "error":
-        raise StatusError(grpc.StatusCode.INTERNAL, "the request could not be computed")
-    if reason == "time_limit" and call.is_overdue:
-        raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed")
-
-
-def _log_end(request: pb.GenerateRequest, answer: Answer, reason: EndReason) -> None:
-    log.info(
-        "request ended: request_id=%s client_request_id=%s reason=%s prompt_tokens=%d completion_tokens=%d",
-        answer.request.request_id,
-        json.dumps(request.client_request_id),  # quoted, so that it cannot forge a line
-        reason,
-        len(answer.request.prompt_ids),
-        answer.completion_tokens,
-    )

@@ -38,6 +38,7 @@ class ModelService:
             kv_block_size=serving.config.block_size,
             uptime_seconds=time.monotonic() - serving.started,
         )
+        info.degradations.extend(serving.degradations)
         if (ready := serving.engine.ready) is not None:
             info.max_running_requests, info.max_step_tokens = ready.max_running, ready.max_step_tokens
             info.device, info.attention_backend = ready.device, ready.attention_backend

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import grpc
 
-from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import ServeConfig
 from fusewire.service.engine_client import EngineClient
-from fusewire.service.messages import EngineReady, KernelModeReply, StepReport
+from fusewire.service.messages import EngineReady, Routing, StepReport
 from fusewire.service.metrics import Metrics, RequestMetrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
@@ -64,7 +63,7 @@ class Serving:
         socket_path: where the engine listens.
         services: the names that the health service answers for.
         on_engine: called with the engine's description when it becomes usable and None when it goes.
-        on_switch: called with the kernel mode and its generation whenever one is chosen.
+        on_routing: called with what holds whenever another default path does.
         metrics: where to count; unset for a server of one process, which makes all metrics.
     """
 
@@ -75,12 +74,12 @@ class Serving:
         socket_path: Path,
         services: Iterable[str],
         on_engine: Callable[[EngineReady | None], None] = lambda ready: None,
-        on_switch: Callable[[KernelMode, int], None] = lambda mode, generation: None,
+        on_routing: Callable[[Routing], None] = lambda routing: None,
         metrics: RequestMetrics | None = None,
     ) -> None:
         self.config = config
         self.model_name = model_name
-        self.engine = EngineClient(socket_path, self._take_report, self._take_state)
+        self.engine = EngineClient(socket_path, self._take_report, self._take_state, self._take_routing)
         self.health = Health(services)
         self.metrics = metrics or Metrics(model_name, self.oldest_waiting)
         self.load = Load()
@@ -89,7 +88,7 @@ class Serving:
         self._on_engine = on_engine
         self._tokenizer: Tokenizer | None = None
         self._is_loaded = False
-        self._on_switch = on_switch
+        self._on_routing = on_routing
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
         self._fewer = asyncio.Event()
@@ -224,19 +223,20 @@ class Serving:
         self.show_health()
         self._on_engine(ready)
 
-    # ---- the kernel mode ----
+    def _take_routing(self, before: Routing, routing: Routing) -> None:
+        self.metrics.observe_routing(before, routing)
+        self._on_routing(routing)
 
-    async def choose_mode(self, mode: KernelMode, expected_generation: int | None) -> KernelModeReply:
-        """Ask the engine to change the default path; remember it beyond a restart of the engine.
-
-        Raises:
-            EngineUnavailable: if there is no engine to ask.
-        """
-        reply = await self.engine.set_kernel_mode(mode, expected_generation)
-        if not reply.refusal:
-            self._on_switch(reply.current, reply.generation)
-            self.metrics.observe_switch(reply.current, reply.generation)
-        return reply
+    @property
+    def degradations(self) -> list[str]:
+        """What does not work as it was asked to, in words."""
+        guard = self.engine.routing.guard
+        if guard.left_mode is None:
+            return []
+        return [
+            f"the shadow guard left {guard.left_mode} for unfused: relative error "
+            f"{guard.relative_error:.3g}, threshold {guard.threshold:.3g}"
+        ]
 
     # ---- the way down ----
 

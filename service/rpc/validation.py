@@ -4,19 +4,23 @@ Turns a `GenerateRequest` into an `AddRequest`; the limits are those that the pr
 Knows neither the engine's state nor who asks: admission is `fusewire.service.rpc.serving`.
 """
 
+import asyncio
 import math
 import secrets
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import msgspec
+
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
 from fusewire.service.rpc.call import Call
-from fusewire.service.rpc.errors import failed_precondition, invalid_argument
+from fusewire.service.rpc.errors import failed_precondition, inside, invalid_argument
 from fusewire.service.tokenizer import ChatTemplateError, Tokenizer
 from fusewire.service.wire import MODES
 from fusewire.v1 import generation_pb2 as pb
+from fusewire.v1 import kernel_pb2
 
 ROLES = ("system", "user", "assistant")
 MAX_CLIENT_ID_CHARACTERS = 256
@@ -28,6 +32,13 @@ MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 SHOWN_CHARACTERS = 40
 """How much of a bad string an error repeats."""
+
+MAX_COMPARED_PROMPT_TOKENS = 8192
+MAX_COMPARED_TOKENS = 512
+"""Of an answer in a comparison: as many positions as a report holds."""
+DEFAULT_COMPARED_TOKENS = 128
+MAX_REPETITIONS = 100
+DEFAULT_REPETITIONS = 5
 
 AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensRequest
 
@@ -52,6 +63,13 @@ def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
             return tokenizer.encode(request.text)
     assert isinstance(request, pb.GenerateRequest)
     return list(request.token_ids.ids)
+
+
+async def encode_prompt_aside(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+    """Do what `encode_prompt` does, off the event loop; what is tokens already need not leave it."""
+    if request.HasField("token_ids"):
+        return encode_prompt(request, tokenizer)
+    return await asyncio.to_thread(encode_prompt, request, tokenizer)
 
 
 def prompt_text(request: pb.GenerateRequest, tokenizer: Tokenizer) -> str:
@@ -163,6 +181,58 @@ def _check_stopping(stopping: pb.StoppingCriteria, vocab_size: int) -> None:
         _above_zero("stopping.time_limit_seconds", stopping.time_limit_seconds, math.inf)
 
 
+def check_comparison(request: pb.CompareRequest, ready: EngineReady) -> None:
+    """Check everything of a comparison but text and chat prompts.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a kernel mode that is not served.
+    """
+    for field, side in (("left", request.left), ("right", request.right)):
+        with inside(field):
+            _check_compared(side, ready)
+    _within("repetitions", request.repetitions, 0, MAX_REPETITIONS)
+
+
+def repetitions(request: pb.CompareRequest) -> int:
+    """How often a comparison that was checked times each of its sides."""
+    return request.repetitions if request.HasField("repetitions") else DEFAULT_REPETITIONS
+
+
+def _check_compared(side: pb.GenerateRequest, ready: EngineReady) -> None:
+    if side.kernel_mode == kernel_pb2.KERNEL_MODE_UNSPECIFIED:
+        raise invalid_argument("kernel_mode", "must be set")
+    check_request(side, ready)
+    if side.sampling.temperature:
+        raise invalid_argument(
+            "sampling.temperature", f"must be 0 or unset in a comparison, got {side.sampling.temperature:g}"
+        )
+    for field, _ in side.sampling.ListFields():
+        if field.name != "temperature":
+            raise invalid_argument(f"sampling.{field.name}", "must be unset: a comparison is greedy")
+    for message, name in (
+        ("stopping", "stop"),
+        ("stopping", "time_limit_seconds"),
+        ("response", "logprobs"),
+        ("response", "echo_prompt"),
+    ):
+        if name in {field.name for field, _ in getattr(side, message).ListFields()}:
+            raise invalid_argument(f"{message}.{name}", "must be unset in a comparison")
+    if side.stopping.max_tokens > MAX_COMPARED_TOKENS:
+        raise invalid_argument(
+            "stopping.max_tokens",
+            f"must be at most {MAX_COMPARED_TOKENS} in a comparison, got {side.stopping.max_tokens}",
+        )
+    _check_compared_prompt(side, len(side.token_ids.ids))
+
+
+def _check_compared_prompt(side: pb.GenerateRequest, tokens: int) -> None:
+    if tokens > MAX_COMPARED_PROMPT_TOKENS:
+        raise invalid_argument(
+            side.WhichOneof("prompt") or "prompt",
+            f"must hold at most {MAX_COMPARED_PROMPT_TOKENS} tokens in a comparison, got {tokens}",
+        )
+
+
 # ---- what it asks of the engine ----
 
 
@@ -202,6 +272,19 @@ def add_request(
         cache_salt=request.cache.salt,
         cache_disabled=request.cache.disabled,
     )
+
+
+def compared_request(
+    side: pb.GenerateRequest, prompt_ids: list[int], ready: EngineReady, request_id: str, call: Call
+) -> AddRequest:
+    """Do what `add_request` does for a side of a comparison, which is greedy and has no prefix cache.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT if the prompt is too long or the answer does not fit behind it.
+    """
+    _check_compared_prompt(side, len(prompt_ids))
+    request = add_request(side, prompt_ids, ready, request_id, call, DEFAULT_COMPARED_TOKENS)
+    return msgspec.structs.replace(request, sampling=SamplingParams(), cache_disabled=True)
 
 
 def _max_tokens(

@@ -124,13 +124,13 @@ def test_every_field_is_described() -> None:
     assert [option.name for option in options] == list(ServeConfig.__struct_fields__)
     assert all(option.description for option in options)
     switches = {option.name for option in options if option.is_switch}
-    assert switches == {"insecure", "deterministic", "prefix_cache"}
+    assert switches == {"insecure", "deterministic", "prefix_cache", "dashboard"}
     assert {option.name for option in options if option.is_list} == {"kernel_modes"}
 
 
 def test_every_default_can_be_given_as_it_is_shown() -> None:
     shown = {option.name: option.default for option in serve_options() if option.default != "unset"}
-    shown |= {"insecure": "false", "deterministic": "false", "prefix_cache": "true"}
+    shown |= {"insecure": "false", "deterministic": "false", "prefix_cache": "true", "dashboard": "false"}
     assert load_config(shown, {}) == ServeConfig()
 
 

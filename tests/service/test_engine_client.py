@@ -25,6 +25,7 @@ from fusewire.service.messages import (
     GenerationDefaults,
     ModelInfo,
     RequestEvent,
+    Routing,
     Scheduled,
     StepReport,
     Token,
@@ -64,7 +65,7 @@ class LocalEngine:
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-        ready = EngineReady(MODEL, "fake", "fake", modes, KernelMode.FUSED, 1, 64, 4, 8, 64)
+        ready = EngineReady(MODEL, "fake", "fake", modes, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64)
         self.engine = Engine(self.runner, Scheduler(self.pool, 8, 16, KernelMode.FUSED), ready, self.inbox)
         self.channel = Channel(path, self.inbox)
         self.thread = threading.Thread(target=self.engine.serve)
@@ -191,7 +192,7 @@ def test_a_switch_is_answered_with_its_generation_and_refused_when_it_must_be(
         reply = await client.set_kernel_mode(KernelMode.UNFUSED)
         assert (reply.refusal, reply.previous, reply.current) == ("", KernelMode.FUSED, KernelMode.UNFUSED)
         assert (reply.generation, reply.applied_at_step) == (2, 1)
-        assert (client.kernel_mode, client.generation) == (KernelMode.UNFUSED, 2)
+        assert client.routing == Routing(KernelMode.UNFUSED, 2)
         stale = await client.set_kernel_mode(KernelMode.FUSED, expected_generation=1)
         assert (stale.refusal, stale.current, stale.generation) == ("stale_generation", KernelMode.UNFUSED, 2)
         missing = await client.set_kernel_mode(KernelMode.FUSED_NORM)
@@ -200,7 +201,7 @@ def test_a_switch_is_answered_with_its_generation_and_refused_when_it_must_be(
             *(client.set_kernel_mode(mode) for mode in (KernelMode.FUSED, KernelMode.UNFUSED))
         )
         assert [reply.generation for reply in both] == [3, 4]
-        assert client.kernel_mode is KernelMode.UNFUSED
+        assert client.routing.mode is KernelMode.UNFUSED
 
     with_client(tmp_path, body)
 

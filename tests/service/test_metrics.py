@@ -1,5 +1,6 @@
 """The exposition as Prometheus reads it: names, labels, and values after what was observed."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,20 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service.messages import Ended, EndReason, Phase, RequestEvent, Scheduled, StepReport, Token
+from fusewire.service.messages import (
+    Ended,
+    EndReason,
+    GuardState,
+    Phase,
+    QKTiming,
+    RequestEvent,
+    Routing,
+    RowPhase,
+    Scheduled,
+    ShadowCheck,
+    StepReport,
+    Token,
+)
 from fusewire.service.metrics import CODES, Metrics, RequestAccount, Scrape
 from tests.tools.front_end_rig import describe
 
@@ -43,6 +57,7 @@ PLAIN = {
     "oldest_waiting_request_age_seconds": "gauge",
     "kernel_mode_generation": "gauge",
     "kernel_mode_last_switch_timestamp_seconds": "gauge",
+    "shadow_fallback_active": "gauge",
 }
 
 
@@ -89,6 +104,10 @@ def test_every_metric_is_there_at_zero_before_anything_happens() -> None:
         assert [sample.value for sample in family.samples] == [0]
     steps = labels(found["fusewire_engine_step_duration_seconds"], "_count")
     assert steps == {(mode, phase) for mode in KernelMode for phase in get_args(Phase)}
+    kernels = labels(found["fusewire_qk_norm_kernel_duration_seconds"], "_count")
+    assert kernels == {(mode, phase) for mode in KernelMode for phase in get_args(RowPhase)}
+    assert labels(found["fusewire_shadow_checks"]) == {("passed",), ("failed",)}
+    assert labels(found["fusewire_shadow_max_relative_error"]) == {("prefill",), ("decode",)}
     assert labels(found["fusewire_batch_tokens"], "_count") == {("prefill",), ("decode",)}
     assert labels(found["fusewire_requests_finished"]) == {(reason,) for reason in get_args(EndReason)}
     assert labels(found["fusewire_requests_rejected"]) == {
@@ -111,6 +130,7 @@ def test_there_are_no_created_series_and_every_metric_says_what_it_is() -> None:
         ("time_to_first_token_seconds", 0.001),
         ("inter_token_latency_seconds", 0.0005),
         ("engine_step_duration_seconds", 0.0001),
+        ("qk_norm_kernel_duration_seconds", 1e-6),
     ],
 )
 def test_buckets_reach_below_a_millisecond_where_it_matters(name: str, least: float) -> None:
@@ -130,6 +150,38 @@ def test_an_rpc_has_all_its_series_from_the_start() -> None:
     names = ("grpc_server_started", "grpc_server_msg_received", "grpc_server_msg_sent")
     assert [found[name].samples[0].value for name in names] == [1, 0, 0]
     assert found["grpc_server_handling_seconds"].type == "histogram"
+
+
+def test_what_is_seen_of_the_paths_in_sampled_steps_is_shown() -> None:
+    metrics = Metrics("m")
+    checks = [
+        ShadowCheck("decode", KernelMode.FUSED, error, 0.004, passed=error < 0.01)
+        for error in (0.002, 0.02, 0.003)
+    ]
+    timings = (QKTiming("prefill", KernelMode.UNFUSED, 6e-5), QKTiming("prefill", KernelMode.UNFUSED, 8e-5))
+    metrics.observe_step(report([], checks=tuple(checks), timings=timings))
+    assert value(metrics, "shadow_max_relative_error", phase="decode") == 0.02
+    assert value(metrics, "shadow_max_relative_error", phase="prefill") == 0
+    assert value(metrics, "shadow_checks_total", result="passed") == 2
+    assert value(metrics, "shadow_checks_total", result="failed") == 1
+    taken = {"phase": "prefill", "kernel_mode": "unfused"}
+    assert value(metrics, "qk_norm_kernel_duration_seconds_sum", **taken) == pytest.approx(1.4e-4)
+    metrics.observe_step(report([], checks=(ShadowCheck("decode", KernelMode.FUSED, math.nan, 0, False),)))
+    assert math.isnan(value(metrics, "shadow_max_relative_error", phase="decode") or 0)
+
+
+def test_a_switch_is_counted_and_a_turn_of_time_slices_is_not() -> None:
+    metrics = Metrics("m")
+    start = Routing(KernelMode.FUSED, 1)
+    metrics.observe_routing(start, Routing(KernelMode.UNFUSED, 1))
+    assert value(metrics, "kernel_mode_switches_total") == 0
+    fallen = GuardState(1000, 0.01, KernelMode.FUSED, 0.02)
+    metrics.observe_routing(start, Routing(KernelMode.UNFUSED, 2, guard=fallen))
+    assert value(metrics, "kernel_mode_switches_total") == 1
+    assert value(metrics, "kernel_mode_generation") == 2
+    assert value(metrics, "shadow_fallback_active") == 1
+    metrics.observe_routing(start, Routing(KernelMode.FUSED, 3))
+    assert value(metrics, "shadow_fallback_active") == 0
 
 
 def test_a_step_is_seen_in_its_phase_and_mode_and_in_the_load() -> None:
@@ -215,7 +267,7 @@ def test_the_kernel_mode_and_the_engines_state_are_shown() -> None:
     assert value(metrics, "engine_up") == 1
     assert value(metrics, "kernel_mode_info", kernel_mode="fused", backend="fake-fused") == 1
     assert value(metrics, "kernel_mode_info", kernel_mode="unfused", backend="torch-cpu") == 0
-    metrics.observe_switch(KernelMode.UNFUSED, 2)
+    metrics.observe_routing(Routing(KernelMode.FUSED, 1), Routing(KernelMode.UNFUSED, 2))
     assert value(metrics, "kernel_mode_info", kernel_mode="fused", backend="fake-fused") == 0
     assert value(metrics, "kernel_mode_info", kernel_mode="unfused", backend="torch-cpu") == 1
     assert value(metrics, "kernel_mode_generation") == 2

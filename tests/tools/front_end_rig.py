@@ -23,7 +23,7 @@ from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
 from fusewire.service.engine.engine import Engine
 from fusewire.service.engine.scheduler import Scheduler
-from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo
+from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo, Routing
 from fusewire.service.rpc.front_end import SERVICE_NAMES, FrontEnd
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.tokenizer import Tokenizer
@@ -101,8 +101,7 @@ def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
         device="no device",
         attention_backend="none",
         kernel_backends=BACKENDS,
-        kernel_mode=KernelMode.FUSED,
-        generation=1,
+        routing=Routing(KernelMode.FUSED, 1),
         kv_blocks=256,
         block_size=4,
         max_running=MAX_RUNNING,
@@ -117,7 +116,7 @@ class LocalEngine:
         ready = describe(defaults)
         self.runner = ScriptedRunner()
         self.pool = BlockPool(ready.kv_blocks, ready.block_size)
-        scheduler = Scheduler(self.pool, ready.max_running, MAX_STEP_TOKENS, ready.kernel_mode)
+        scheduler = Scheduler(self.pool, ready.max_running, MAX_STEP_TOKENS, ready.routing.mode)
         inbox: Inbox = SimpleQueue()
         self._engine = Engine(self.runner, scheduler, ready, inbox)
         self._channel = Channel(socket_path, inbox)
@@ -140,13 +139,13 @@ class Rig:
     def __init__(self, folder: Path, **config: Any) -> None:
         self.socket_path = folder / "engine.sock"
         self.config = ServeConfig(port=0, admin_port=0, metrics_port=0, **config)
-        self.switches: list[tuple[KernelMode, int]] = []
+        self.routings: list[Routing] = []
         self.serving = Serving(
             self.config,
             MODEL_NAME,
             self.socket_path,
             SERVICE_NAMES,
-            on_switch=lambda mode, generation: self.switches.append((mode, generation)),
+            on_routing=self.routings.append,
         )
         self.front_end = FrontEnd(self.config, self.serving)
         self.engine: LocalEngine | None = None

@@ -28,12 +28,15 @@ from fusewire.service.messages import (
     EndAll,
     Ended,
     EngineReady,
+    Examine,
+    ExamineReply,
     FinishRequest,
     FromEngine,
     GenerationDefaults,
     KernelModeReply,
     ModelInfo,
     RequestEvent,
+    Routing,
     Scheduled,
     SetKernelMode,
     StepReport,
@@ -51,8 +54,7 @@ READY = EngineReady(
     device="no device",
     attention_backend="none",
     kernel_backends=dict.fromkeys(KernelMode, "none"),
-    kernel_mode=KernelMode.FUSED,
-    generation=1,
+    routing=Routing(KernelMode.FUSED, 1),
     kv_blocks=1,
     block_size=16,
     max_running=256,
@@ -130,6 +132,8 @@ class PacedEngine:
                 if stream is not None and found:
                     stream.end = "cancelled"
                 self._say(sock, CancelReply(call_id, found))
+            case Examine(call_id=call_id):
+                self._say(sock, ExamineReply(call_id, "not_available"))
             case EndAll(reason=reason):
                 for stream in self._streams.values():
                     stream.end = reason

@@ -4,14 +4,18 @@ import time
 from queue import SimpleQueue
 from typing import Any
 
+import msgspec
 import pytest
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Sampled, Step
+from fusewire.model.observations import LogitDrift
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Change, Inbox
 from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.plan import StepPlan
+from fusewire.service.engine.routing import share_of
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.messages import (
     AddRequest,
@@ -20,20 +24,31 @@ from fusewire.service.messages import (
     EndAll,
     Ended,
     EngineReady,
+    Examine,
+    ExamineReply,
     FinishRequest,
     FromEngine,
     GenerationDefaults,
+    KernelModeChanged,
     KernelModeReply,
     ModelInfo,
+    PositionDrift,
+    QKSeconds,
+    QKTiming,
+    RearmGuard,
+    Routing,
     Scheduled,
     SetKernelMode,
+    ShadowCheck,
+    Share,
+    Split,
     StepReport,
     Token,
 )
 
 MODEL = ModelInfo("Fake", 64, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaults())
 MODES = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-READY = EngineReady(MODEL, "fake", "fake", MODES, KernelMode.FUSED, 1, 64, 4, 4, 64)
+READY = EngineReady(MODEL, "fake", "fake", MODES, Routing(KernelMode.FUSED, 1), 64, 4, 4, 64)
 
 
 class FrontEnd:
@@ -61,12 +76,12 @@ class FrontEnd:
 class Desk:
     """An engine over a fake device, and the front ends that speak to it."""
 
-    def __init__(self, runner: Any, overlap: bool = True, front_ends: int = 1) -> None:
+    def __init__(self, runner: Any, overlap: bool = True, front_ends: int = 1, **collaborators: Any) -> None:
         self.runner = runner
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         scheduler = Scheduler(self.pool, READY.max_running, 16, KernelMode.FUSED)
-        self.engine = Engine(runner, scheduler, READY, self.inbox, overlap)
+        self.engine = Engine(runner, scheduler, READY, self.inbox, overlap, **collaborators)
         self.front_ends = [FrontEnd() for _ in range(front_ends)]
         for number in range(front_ends):
             self.tell(Change.OPENED, number)
@@ -228,3 +243,138 @@ def test_serving_stops_when_told_and_lets_go_of_its_front_ends(fake_runner) -> N
     desk.engine.stop()
     desk.engine.serve()
     assert desk.front_ends[0].closed
+
+
+# ---- splits, the guard, examinations ----
+
+
+def test_a_split_keeps_each_request_on_its_path(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4))
+    split = Split((Share(KernelMode.FUSED, 50), Share(KernelMode.UNFUSED, 50)))
+    desk.tell(SetKernelMode(1, None, split=split))
+    names = [f"request {number}" for number in range(16)]
+    for name in names:
+        desk.add(name)
+    desk.add("pinned", kernel_mode=KernelMode.FUSED)
+    desk.finish()
+    ended = {event.request_id: event for event in desk.front_ends[0].events if isinstance(event, Ended)}
+    assert {name: ended[name].decode_path for name in names} == {n: share_of(n, split) for n in names}
+    assert {ended[name].prefill_path for name in names} == {"fused", "unfused"}
+    assert ended["pinned"].decode_path == "fused"
+
+
+def test_time_slices_turn_by_the_clock_and_tell_everyone(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4))
+    split = Split((Share(KernelMode.FUSED, 50), Share(KernelMode.UNFUSED, 50)), slice_seconds=0.01)
+    desk.tell(SetKernelMode(1, None, split=split))
+    desk.add("a", max_tokens=40)
+    desk.engine.step()
+    while not desk.engine.is_idle:
+        time.sleep(0.004)
+        desk.engine.step()
+    (front_end,) = desk.front_ends
+    assert {report.kernel_mode for report in front_end.steps} == {"fused", "unfused"}
+    assert front_end.events[-1].decode_path == "mixed"
+    told = [message.routing for message in front_end.messages if isinstance(message, KernelModeChanged)]
+    assert {routing.generation for routing in told} == {2}
+    assert {routing.mode for routing in told} == {"fused", "unfused"}
+
+
+def test_a_failed_check_makes_unfused_the_default_from_the_next_step_on(fake_runner) -> None:
+    class Watcher:
+        """Sees the fused path fail once, as the third step is settled."""
+
+        launched = settled = 0
+
+        def note_launch(self, plan: StepPlan) -> None:
+            self.launched += 1
+
+        def take(self) -> tuple[tuple[QKTiming, ...], tuple[ShadowCheck, ...]]:
+            self.settled += 1
+            check = ShadowCheck("decode", KernelMode.FUSED, 0.5, 0.001, passed=False)
+            return (), ((check,) if self.settled == 3 else ())
+
+    desk = Desk(fake_runner(64, 4), watch=Watcher())
+    desk.add("a", max_tokens=8)
+    desk.add("pinned", max_tokens=8, kernel_mode=KernelMode.FUSED)
+    desk.finish()
+    (front_end,) = desk.front_ends
+    (changed,) = [message.routing for message in front_end.messages if isinstance(message, KernelModeChanged)]
+    assert (changed.mode, changed.generation) == ("unfused", 2)
+    assert (changed.guard.left_mode, changed.guard.relative_error) == ("fused", 0.5)
+    ended = {event.request_id: event for event in front_end.events if isinstance(event, Ended)}
+    assert ended["a"].decode_path == "mixed"
+    assert ended["pinned"].decode_path == "fused", "who pins a path keeps it"
+    assert [len(report.checks) for report in front_end.steps].index(1) == 2
+    desk.tell(RearmGuard(7))
+    desk.engine.step()
+    reply = front_end.messages[-1]
+    assert isinstance(reply, KernelModeReply)
+    assert (reply.call_id, reply.previous, reply.current, reply.generation) == (7, "unfused", "fused", 3)
+
+
+class Examiner:
+    """Takes three parts for a comparison of logits, and looks at the pool meanwhile."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+
+    def compare_logits(self, token_ids, first, left, right, blocks):
+        self.blocks = list(blocks)
+        for _ in range(3):
+            yield None
+        return [LogitDrift(0.5, 0.25, 0.125, True, 2.0)] * (len(token_ids) - first)
+
+    def qk_seconds(self, mode: KernelMode, num_tokens: int) -> float:
+        return {KernelMode.FUSED: 1e-6, KernelMode.UNFUSED: 3e-6}[mode] * num_tokens
+
+
+def examination(**changes: Any) -> Examine:
+    wish = Examine(5, KernelMode.FUSED, KernelMode.UNFUSED, [7] * 10, prompt_len=6, qk_tokens=(1, 6))
+    return msgspec.structs.replace(wish, **changes)
+
+
+def test_an_examination_goes_on_between_steps_and_gives_its_blocks_back(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4), examiner=(examiner := Examiner()))
+    desk.add("a", max_tokens=12)
+    desk.engine.step()
+    desk.tell(examination())
+    before = len(desk.front_ends[0].steps)
+    while not isinstance(desk.front_ends[0].messages[-1], ExamineReply):
+        desk.engine.step()
+    reply = desk.front_ends[0].messages[-1]
+    assert reply == ExamineReply(
+        5,
+        "",
+        [PositionDrift(0.5, 0.25, 0.125, True, 2.0)] * 5,
+        [QKSeconds(1, 1e-6, 3e-6), QKSeconds(6, 6e-6, 18e-6)],
+    )
+    assert len(examiner.blocks) == 3
+    assert len(desk.front_ends[0].steps) - before >= 3, "steps run between the parts"
+    desk.finish()
+    assert desk.pool.num_free == 64
+
+
+def test_an_examination_without_room_or_modes_is_refused(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4), examiner=Examiner())
+    desk.tell(examination(token_ids=[7] * 300))
+    desk.tell(examination(right=KernelMode.FUSED_NORM))
+    desk.finish()
+    none = Desk(fake_runner(64, 4))
+    none.tell(examination())
+    none.finish()
+    replies = [
+        m.refusal for d in (desk, none) for m in d.front_ends[0].messages if isinstance(m, ExamineReply)
+    ]
+    assert sorted(replies) == ["no_room", "not_available", "not_available"]
+
+
+def test_an_examination_ends_with_its_front_end(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4), examiner=Examiner())
+    desk.tell(examination())
+    desk.engine.step()
+    assert desk.pool.num_free == 61
+    desk.tell(Change.CLOSED)
+    desk.engine.step()
+    assert desk.pool.num_free == 64
+    assert desk.engine.is_idle

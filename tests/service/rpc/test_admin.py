@@ -9,6 +9,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.messages import Routing
 from fusewire.v1 import admin_pb2 as pb
 from fusewire.v1 import generation_pb2
 from fusewire.v1.kernel_pb2 import (
@@ -17,8 +19,19 @@ from fusewire.v1.kernel_pb2 import (
     KERNEL_MODE_UNFUSED,
     TrafficShare,
 )
+from fusewire.v1.kernel_pb2 import KernelMode as KernelModeOnWire
 from tests.tools.front_end_rig import Rig, rig, until
 
+
+def shares(**percents: int) -> list[TrafficShare]:
+    return [
+        TrafficShare(mode=KernelModeOnWire.Value(f"KERNEL_MODE_{name.upper()}"), percent=percent)
+        for name, percent in percents.items()
+    ]
+
+
+HALVES = shares(fused=50, unfused=50)
+SLICED = {"split": HALVES, "split_kind": pb.SPLIT_KIND_TIME_SLICE}
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -64,7 +77,8 @@ def test_the_mode_changes_with_its_generation_log_line_and_metrics(
 
     with caplog.at_level(logging.INFO, "fusewire.service.rpc.admin"):
         run(tmp_path, body)
-    assert "kernel mode set: previous=fused current=unfused generation=2 applied_at_step=" in caplog.text
+    switched = "previous=fused current=unfused split=none slice_seconds=none generation=2 applied_at_step="
+    assert switched in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -74,11 +88,17 @@ def test_the_mode_changes_with_its_generation_log_line_and_metrics(
         ({"mode": 7}, "INVALID_ARGUMENT", "mode"),
         ({"mode": KERNEL_MODE_FUSED_NORM}, "FAILED_PRECONDITION", "mode"),
         ({"mode": KERNEL_MODE_UNFUSED, "expected_generation": 2}, "ABORTED", "expected_generation"),
-        (
-            {"mode": KERNEL_MODE_UNFUSED, "split": [TrafficShare(mode=KERNEL_MODE_FUSED, percent=100)]},
-            "UNIMPLEMENTED",
-            "split",
-        ),
+        ({"split": shares(fused=40, unfused=50)}, "INVALID_ARGUMENT", "split"),
+        ({"split": shares(fused=101)}, "INVALID_ARGUMENT", "split[0].percent"),
+        ({"split": shares(fused=50) * 2}, "INVALID_ARGUMENT", "split"),
+        ({"split": shares(fused=50, unspecified=50)}, "INVALID_ARGUMENT", "split[1].mode"),
+        ({"split": shares(fused=50, fused_norm=50)}, "FAILED_PRECONDITION", "split[1].mode"),
+        ({"split": HALVES, "split_kind": 9}, "INVALID_ARGUMENT", "split_kind"),
+        ({"mode": KERNEL_MODE_FUSED, "split_kind": pb.SPLIT_KIND_REQUEST}, "INVALID_ARGUMENT", "split_kind"),
+        ({"mode": KERNEL_MODE_FUSED, "slice_seconds": 1}, "INVALID_ARGUMENT", "slice_seconds"),
+        ({"split": HALVES, "slice_seconds": 1}, "INVALID_ARGUMENT", "slice_seconds"),
+        (SLICED | {"slice_seconds": 0.01}, "INVALID_ARGUMENT", "slice_seconds"),
+        (SLICED | {"slice_seconds": math.nan}, "INVALID_ARGUMENT", "slice_seconds"),
     ],
 )
 def test_a_change_that_cannot_be_made_changes_nothing(tmp_path: Path, fields, code: str, field: str) -> None:
@@ -98,11 +118,41 @@ def test_whoever_restarts_the_engine_hears_what_was_chosen(tmp_path: Path) -> No
         await set_mode(server, mode=KERNEL_MODE_UNFUSED)
         with pytest.raises(grpc.aio.AioRpcError):
             await set_mode(server, mode=KERNEL_MODE_FUSED, expected_generation=7)
-        assert server.switches == [("unfused", 2)]
+        assert server.routings == [Routing(KernelMode.UNFUSED, 2)]
         await server.kill_engine()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await mode(server)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    run(tmp_path, body)
+
+
+def test_a_split_is_told_and_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body(server: Rig) -> None:
+        kept = await set_mode(server, split=HALVES)
+        assert (kept.current, kept.generation) == (KERNEL_MODE_FUSED, 2)
+        told = await mode(server)
+        assert list(told.split) == HALVES
+        assert (told.split_kind, told.slice_seconds) == (pb.SPLIT_KIND_REQUEST, 0)
+        await set_mode(server, mode=KERNEL_MODE_UNFUSED, **SLICED)
+        told = await mode(server)
+        assert (told.split_kind, told.slice_seconds) == (pb.SPLIT_KIND_TIME_SLICE, 10)
+        await set_mode(server, mode=KERNEL_MODE_UNFUSED)
+        told = await mode(server)
+        assert (list(told.split), told.split_kind) == ([], pb.SPLIT_KIND_UNSPECIFIED)
+        assert told.generation == 4
+
+    with caplog.at_level(logging.INFO, "fusewire.service.rpc.admin"):
+        run(tmp_path, body)
+    assert "split=fused:50,unfused:50 slice_seconds=10 generation=3" in caplog.text
+
+
+def test_a_guard_that_has_not_fallen_back_cannot_be_rearmed(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.admin.RearmShadowGuard(pb.RearmShadowGuardRequest(), timeout=5)
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert not (await mode(server)).guard.fallback_active
 
     run(tmp_path, body)
 

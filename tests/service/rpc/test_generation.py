@@ -363,7 +363,7 @@ def test_a_switch_while_a_request_runs_is_reported_as_mixed(tmp_path: Path) -> N
         call = server.generation.StreamGenerate(request(stopping=stopping(max_tokens=40)), timeout=20)
         for _ in range(6):
             await anext(aiter(call))
-        await server.serving.choose_mode(modes.KernelMode.UNFUSED, None)
+        await server.serving.engine.set_kernel_mode(modes.KernelMode.UNFUSED)
         *_, last = [event async for event in call]
         kernel = last.finished.kernel
         assert kernel.prefill == KernelPath.KERNEL_PATH_FUSED
@@ -510,14 +510,5 @@ def test_a_drain_that_takes_too_long_ends_what_runs(tmp_path: Path) -> None:
         assert await server.serving.drain(0.05) == (0, 1)
         *_, last = [event async for event in call]
         assert last.finished.reason == pb.FINISH_REASON_TIME_LIMIT
-
-    run(tmp_path, body)
-
-
-def test_comparing_is_not_implemented(tmp_path: Path) -> None:
-    async def body(server: Rig) -> None:
-        assert (
-            await status_of(server.generation.Compare(pb.CompareRequest())) is grpc.StatusCode.UNIMPLEMENTED
-        )
 
     run(tmp_path, body)

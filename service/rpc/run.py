@@ -1,0 +1,114 @@
+"""One request in the engine, from its submission to its last event, as every RPC that generates has it.
+
+Whatever ends it early, the request leaves the engine and is counted and logged once. Knows neither
+which RPC asked nor what becomes of the answer.
+"""
+
+import asyncio
+import json
+import logging
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from fusewire.service.engine_client import RequestEvents
+from fusewire.service.messages import EndReason
+from fusewire.service.rpc.answer import Answer
+from fusewire.service.rpc.call import Call
+from fusewire.service.rpc.errors import StatusError
+from fusewire.service.rpc.serving import LiveRequest, Serving
+from fusewire.v1 import generation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Submits an answer's request for the length of a `with` block.
+
+    Args:
+        serving: whose engine computes it.
+        live: its admission, which outlives the block.
+        answer: takes in what the engine says.
+        client_request_id: what the client calls the request, for the log.
+
+    Raises:
+        EngineUnavailable: on entering, if the engine is not ready.
+    """
+
+    def __init__(
+        self, serving: Serving, live: LiveRequest, answer: Answer, client_request_id: str = ""
+    ) -> None:
+        self.answer = answer
+        self._serving = serving
+        self._live = live
+        self._client_request_id = client_request_id
+        self._events: RequestEvents
+        self._waits = True
+        self._stop_sent = False
+        self._cut_short: EndReason = "cancelled"  # before any event only a client that has gone can end it
+
+    def __enter__(self) -> Self:
+        self._events = self._serving.engine.submit(self.answer.request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        answer = self.answer
+        if answer.ended is not None:
+            reason = answer.reason
+        else:
+            self._serving.engine.finish(self._live.request_id, "cancelled")
+            has_left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+            reason = "cancelled" if has_left else self._cut_short
+        self._serving.metrics.observe_finished(answer.account(reason))
+        self._log_end(reason)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has said its last word."""
+        return self.answer.ended is not None
+
+    async def take(self) -> list[pb.StreamGenerateResponse]:
+        """Wait for what happens next and return what the client may see of it, all but the Finished.
+
+        Raises:
+            EngineUnavailable: if the engine died before the request ended.
+        """
+        self._cut_short = "error"
+        answer, serving, live = self.answer, self._serving, self._live
+        responses = answer.take(await self._events.take())
+        if self._waits and answer.is_scheduled:
+            serving.note_scheduled(live, len(answer.request.prompt_ids))
+            self._waits = False
+        if answer.ended is not None:
+            serving.note_ended(live)
+        if answer.has_stopped and not self._stop_sent:
+            serving.engine.finish(live.request_id, "stop")
+            self._stop_sent = True
+        return responses
+
+    def finished(self, call: Call) -> pb.StreamGenerateResponse:
+        """The Finished; only once the request has ended.
+
+        Raises:
+            StatusError: INTERNAL or DEADLINE_EXCEEDED for an end that a Finished does not tell.
+        """
+        reason = self.answer.reason
+        if reason == "error":
+            raise StatusError(grpc.StatusCode.INTERNAL, "the request could not be computed")
+        if reason == "time_limit" and call.is_overdue:
+            raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed")
+        return self.answer.finished()
+
+    def _log_end(self, reason: EndReason) -> None:
+        log.info(
+            "request ended: request_id=%s client_request_id=%s reason=%s "
+            "prompt_tokens=%d completion_tokens=%d",
+            self._live.request_id,
+            json.dumps(self._client_request_id),  # quoted, so that it cannot forge a line
+            reason,
+            len(self.answer.request.prompt_ids),
+            self.answer.completion_tokens,
+        )
