@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_compare(commands)
     _add_mode(commands)
     _add_health(commands)
     _add_drain(commands)
@@ -154,23 +155,110 @@ def _add_chat(commands: Commands) -> None:
     parser.set_defaults(run="chat")
 
 
+def _add_compare(commands: Commands) -> None:
+    summary = "run two kernel paths side by side on a running server"
+    parser = _add(commands, "compare", summary, manual.COMPARE_DESCRIPTION, manual.COMPARE_EXAMPLES)
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="the prompt; - reads standard input, of which a final newline is dropped",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="compare each prompt of a file; - reads standard input"
+    )
+    for side, mode in (("left", KernelMode.UNFUSED), ("right", KernelMode.FUSED)):
+        parser.add_argument(
+            f"--{side}", choices=MODES, default=mode.value, help=f"{side} kernel path (default %(default)s)"
+        )
+    parser.add_argument("--right-prompt", metavar="TEXT", help="another prompt for the right side")
+    parser.add_argument("--chat", action="store_true", help="send texts as a user's turn of a chat")
+    parser.add_argument("--model", default="", metavar="NAME", help="model to use (default: the one served)")
+    parser.add_argument(
+        "--max-tokens", type=_count, default=128, metavar="N", help="most tokens a side (default %(default)s)"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    parser.add_argument(
+        "--repetitions",
+        type=_whole(0, 100),
+        default=5,
+        metavar="N",
+        help="timed runs of each side, 0 to 100 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="give up a prompt after so long (default: never)"
+    )
+    _add_leniency(parser.add_argument_group("which differences are let pass"))
+    _add_json(parser)
+    _add_connection(parser, PUBLIC_TARGET)
+    parser.set_defaults(run="compare")
+
+
+def _add_leniency(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tolerance",
+        type=_share,
+        default=0.0,
+        metavar="T",
+        help="share of the compared positions, 0 to 1, that may lie from the first different token on "
+        "(default 0: none)",
+    )
+    group.add_argument(
+        "--tie-gap",
+        type=_gap,
+        default=0.0,
+        metavar="X",
+        help="tokens that first differ where the left side's likeliest token leads its second by less than "
+        "X, as logits, do not count as different (default 0: all count)",
+    )
+
+
 def _add_mode(commands: Commands) -> None:
     summary = "show or change the server's kernel path"
     parser = _add(commands, "mode", summary, manual.MODE_DESCRIPTION, manual.MODE_EXAMPLES)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     show = _add(actions, "get", "show the kernel path", manual.MODE_GET_DESCRIPTION)
     change = _add(actions, "set", "change the kernel path", manual.MODE_SET_DESCRIPTION, manual.MODE_EXAMPLES)
-    change.add_argument("mode", choices=MODES, metavar="MODE", help=f"one of {', '.join(MODES)}")
+    rearm = _add(actions, "rearm", "end a fallback of the shadow guard", manual.MODE_REARM_DESCRIPTION)
+    change.add_argument(
+        "mode",
+        nargs="?",
+        choices=MODES,
+        metavar="MODE",
+        help=f"one of {', '.join(MODES)}; may be left out beside --split",
+    )
     change.add_argument(
         "--expected-generation",
         type=_uint64,
         metavar="N",
         help="change nothing, and fail, unless this is the current generation",
     )
-    for action, run in ((show, "mode get"), (change, "mode set")):
+    _add_split(change.add_argument_group("split", "How requests that pin no path are shared."))
+    for action, run in ((show, "mode get"), (change, "mode set"), (rearm, "mode rearm")):
         _add_json(action)
         _add_connection(action, ADMIN_TARGET)
         action.set_defaults(run=run)
+
+
+def _add_split(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--split",
+        type=_shares,
+        metavar="MODE=N,…",
+        help="per cent of each path, together 100; without this option a split ends",
+    )
+    group.add_argument(
+        "--split-kind",
+        choices=("request", "time-slice"),
+        help="request: each request keeps to a path chosen by its id, for correctness; time-slice: the whole "
+        "server takes turns, for fair latencies (default request)",
+    )
+    group.add_argument(
+        "--slice-seconds",
+        type=_seconds,
+        metavar="SECONDS",
+        help="mean length of a time slice (default: the server's, 10)",
+    )
 
 
 def _add_health(commands: Commands) -> None:
@@ -340,14 +428,38 @@ _uint32 = _whole(0, 2**32 - 1)
 _uint64 = _whole(0, 2**64 - 1)
 
 
-def _seconds(text: str) -> float:
+def _number(what: str, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """Make a converter of numbers from 0 to a largest one."""
+
+    def convert(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return number
+
+    return convert
+
+
+_seconds = _number("seconds, 0 or more")
+_gap = _number("a number, 0 or more")
+_share = _number("a share from 0 to 1", 1.0)
+
+
+def _shares(text: str) -> dict[KernelMode, int]:
+    """Convert the shares of a split: each path at most once, together 100."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
     try:
-        seconds = float(text)
+        shares = {KernelMode(mode): int(percent) for mode, _, percent in pairs}
     except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
-    return seconds
+        shares = {}
+    if len(shares) != len(pairs) or sum(shares.values()) != 100 or min(shares.values()) < 0:
+        raise argparse.ArgumentTypeError(
+            f"expected shares that add up to 100, for instance fused=50,unfused=50, got {text!r}"
+        )
+    return shares
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -5,7 +5,7 @@ Knows the wire and how a call can fail; prints nothing and knows no argparse.
 
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from fusewire.v1 import (
     admin_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    kernel_pb2,
     model_pb2,
     model_pb2_grpc,
 )
@@ -122,6 +123,28 @@ class Connection:
         return (("authorization", f"Bearer {token.decode()}"),)
 
 
+@dataclass(frozen=True)
+class Split:
+    """How requests that pin no path are shared."""
+
+    percent: Mapping[KernelMode, int]
+    """Of each path; together 100."""
+    slice_seconds: float | None = None
+    """Mean length of a time slice; None leaves it to the server."""
+    by_time: bool = False
+    """Whether the whole server takes turns, instead of each request having its path."""
+
+    def put_into(self, request: admin_pb2.SetKernelModeRequest) -> None:
+        """Write the split into a request."""
+        request.split.extend(
+            kernel_pb2.TrafficShare(mode=WIRE_MODES[mode], percent=percent)
+            for mode, percent in self.percent.items()
+        )
+        request.split_kind = admin_pb2.SPLIT_KIND_TIME_SLICE if self.by_time else admin_pb2.SPLIT_KIND_REQUEST
+        if self.slice_seconds is not None:
+            request.slice_seconds = self.slice_seconds
+
+
 class Client:
     """Calls one server; a context manager that closes the channel.
 
@@ -152,7 +175,17 @@ class Client:
         self, request: generation_pb2.GenerateRequest, timeout: float | None = None
     ) -> Generator[generation_pb2.StreamGenerateResponse]:
         """Generate and yield the events as they come; closing the iterator cancels the call."""
-        call = self._generation.StreamGenerate(request, timeout=timeout, metadata=self._metadata)
+        yield from self._events(
+            self._generation.StreamGenerate(request, timeout=timeout, metadata=self._metadata)
+        )
+
+    def compare(
+        self, request: generation_pb2.CompareRequest, timeout: float | None = None
+    ) -> Generator[generation_pb2.CompareResponse]:
+        """Compare two paths and yield the events as they come; closing the iterator cancels the call."""
+        yield from self._events(self._generation.Compare(request, timeout=timeout, metadata=self._metadata))
+
+    def _events(self, call: Any) -> Generator[Any]:  # grpc brings no types
         try:
             with self._named_failures():
                 yield from call
@@ -181,14 +214,29 @@ class Client:
             )
 
     def set_kernel_mode(
-        self, mode: KernelMode, expected_generation: int | None = None
+        self, mode: KernelMode | None, expected_generation: int | None = None, split: Split | None = None
     ) -> admin_pb2.SetKernelModeResponse:
-        """Change the server's default path (admin port)."""
+        """Change the server's default path, and how unpinned traffic is split (admin port).
+
+        Args:
+            mode: the new default; None, beside a split, keeps it.
+            expected_generation: if given and not the current one, nothing changes and the call fails.
+            split: None ends one.
+        """
         request = admin_pb2.SetKernelModeRequest(
             mode=WIRE_MODES[mode], expected_generation=expected_generation
         )
+        if split is not None:
+            split.put_into(request)
         with self._named_failures():
             return self._admin.SetKernelMode(request, timeout=CALL_SECONDS, metadata=self._metadata)
+
+    def rearm_guard(self) -> admin_pb2.RearmShadowGuardResponse:
+        """End a fallback of the shadow guard (admin port)."""
+        with self._named_failures():
+            return self._admin.RearmShadowGuard(
+                admin_pb2.RearmShadowGuardRequest(), timeout=CALL_SECONDS, metadata=self._metadata
+            )
 
     def drain(self, seconds: float | None = None) -> admin_pb2.DrainResponse:
         """Refuse new requests and wait until the running ones have ended (admin port)."""
@@ -260,6 +308,72 @@ class Answer:
         return self.finished
 
 
+@dataclass
+class ComparedSide:
+    """What a comparison has told of one side so far."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    seconds: float | None = None
+    """From the call to the newest token, by the client's clock; None before there is one."""
+    _text_starts: list[int] = field(default_factory=list)
+
+    def take(self, delta: generation_pb2.Delta, seconds: float) -> None:
+        """Take in what is new, so many seconds after the call."""
+        self._text_starts += [len(self.text)] * len(delta.token_ids)
+        self.token_ids += delta.token_ids
+        self.seconds = seconds
+        self.text += delta.text
+
+    def text_start(self, position: int) -> int:
+        """Where in the text the message begins that brought the token of a position."""
+        starts = self._text_starts
+        return starts[position] if position < len(starts) else len(self.text)
+
+
+class Comparison:
+    """What a comparison has told so far. Its clock starts when it is made."""
+
+    def __init__(self) -> None:
+        self.left, self.right = ComparedSide(), ComparedSide()
+        self.finished_runs = 0
+        self.total_runs: int | None = None
+        """Of both sides together; None until the untimed pass has ended."""
+        self._started = time.monotonic()
+        self._report: generation_pb2.CompareReport | None = None
+
+    def take(self, event: generation_pb2.CompareResponse) -> None:
+        """Take in the next event."""
+        match event.WhichOneof("event"):
+            case "delta":
+                side = self.right if event.delta.right else self.left
+                side.take(event.delta.delta, self.seconds())
+            case "progress":
+                self.finished_runs = event.progress.finished_runs
+                self.total_runs = event.progress.total_runs
+            case "report":
+                self._report = event.report
+
+    def seconds(self) -> float:
+        """Seconds since the call."""
+        return time.monotonic() - self._started
+
+    def parted_at(self) -> int | None:
+        """The first position at which the tokens differ, as far as both have come; None if none does."""
+        pairs = zip(self.left.token_ids, self.right.token_ids, strict=False)
+        return next((i for i, (left, right) in enumerate(pairs) if left != right), None)
+
+    def report(self) -> generation_pb2.CompareReport:
+        """The report at the stream's end.
+
+        Raises:
+            CallFailed: if the stream ended without one.
+        """
+        if self._report is None:
+            raise CallFailed(grpc.StatusCode.INTERNAL, "the stream ended without a report")
+        return self._report
+
+
 def call_failure(error: grpc.RpcError, target: str) -> CallFailed:
     """Say in one line how a call to a target failed."""
     return CallFailed(error.code(), _plain_details(error.details() or "", target))
@@ -274,11 +388,10 @@ def time_per_output_token(finished: generation_pb2.Finished) -> float | None:
 def to_plain(message: Message) -> dict[str, Any]:
     """Turn a message into what `json.dumps` takes: every field, enums by the command line's names.
 
-    Unlike protobuf's own JSON, 64-bit numbers stay numbers and `KERNEL_MODE_FUSED` is `fused`.
+    Unlike protobuf's own JSON, 64-bit numbers stay numbers and `KERNEL_MODE_FUSED` is `fused`. What can
+    be unset and is, is None.
     """
-    return {
-        field.name: _plain_field(field, getattr(message, field.name)) for field in message.DESCRIPTOR.fields
-    }
+    return {field.name: _plain_field(field, message) for field in message.DESCRIPTOR.fields}
 
 
 def enum_name(kind: EnumDescriptor, number: int) -> str:
@@ -293,7 +406,10 @@ def short_name(kind: EnumDescriptor, number: int) -> str:
     return enum_name(kind, number).removeprefix(prefix).lower()
 
 
-def _plain_field(field: Any, value: Any) -> Any:  # the stubs know two classes of FieldDescriptor
+def _plain_field(field: Any, message: Message) -> Any:  # the stubs know two classes of FieldDescriptor
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    value = getattr(message, field.name)
     if field.is_repeated:
         return [_plain_item(field, item) for item in value]
     return _plain_item(field, value)

@@ -10,17 +10,21 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.bench.engine_options import read_options as read_engine_options
 from fusewire.service.bench.options import OptionError, read_options
 from fusewire.service.bench.serve_options import read_options as read_serve_options
 from fusewire.service.chat import Conversation, turn
-from fusewire.service.client import Client, Connection, UnusableOption, to_plain
+from fusewire.service.client import Client, Connection, Split, UnusableOption, to_plain
 from fusewire.service.config import ServeConfig, load_config
 from fusewire.service.terminal import CommandFailed, print_json, show_answer, stream_answer
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2
+
+if TYPE_CHECKING:
+    from fusewire.service.compare import Prompt
 
 
 def serve(args: Namespace) -> int:
@@ -63,6 +67,26 @@ def generate(args: Namespace) -> int:
     return 0
 
 
+def compare(args: Namespace) -> int:
+    """Run two kernel paths, or two prompts, side by side; 1 if the tokens differ more than they may."""
+    from fusewire.service.compare import Leniency, Prompt, compare, compare_batch
+
+    leniency = Leniency(args.tolerance, args.tie_gap)
+    if (args.prompt is None) == (args.prompts is None):
+        raise UnusableOption("PROMPT, --prompts: give one of the two")
+    if args.prompts is not None:
+        if args.right_prompt is not None:
+            raise UnusableOption("--right-prompt: not beside --prompts")
+        requests = _comparisons(args)
+        with Client(connection(args)) as client:
+            return compare_batch(client, requests, leniency, timeout=args.timeout, as_json=args.json)
+    left = Prompt(text=_read_prompt() if args.prompt == "-" else args.prompt)
+    right = left if args.right_prompt is None else Prompt(text=args.right_prompt)
+    request = _comparison(args, left, right)
+    with Client(connection(args)) as client:
+        return compare(client, request, leniency, timeout=args.timeout, as_json=args.json)
+
+
 def chat(args: Namespace) -> int:
     """Talk until the input ends."""
     with Client(connection(args)) as client:
@@ -76,25 +100,73 @@ def mode_get(args: Namespace) -> int:
         current = to_plain(client.kernel_mode())
     if args.json:
         print_json(current)
-    else:
-        available = ", ".join(current["available"])
-        print(f"{current['mode']} on {current['backend']}, generation {current['generation']}")
-        print(f"available: {available}")
+        return 0
+    print(f"{current['mode']} on {current['backend']}, generation {current['generation']}")
+    print(f"available: {', '.join(current['available'])}")
+    print(f"split: {_describe_split(current)}")
+    if current["guard"] is not None:
+        print(f"guard: {_describe_guard(current['guard'])}")
     return 0
+
+
+def _describe_split(current: Mapping[str, Any]) -> str:
+    if not current["split"]:
+        return "none"
+    shares = ", ".join(f"{share['mode']} {share['percent']} %" for share in current["split"])
+    if current["split_kind"] == "time_slice":
+        return f"{shares}, in time slices of {current['slice_seconds']:g} s"
+    return f"{shares}, each request by itself"
+
+
+def _describe_guard(guard: Mapping[str, Any]) -> str:
+    if guard["fallback_active"]:
+        return (
+            f"fell back from {guard['left_mode']} to unfused at a relative error of "
+            f"{guard['relative_error']:.2e}, above {guard['threshold']:g}; `fusewire mode rearm` ends that"
+        )
+    if not guard["every_steps"]:
+        return "off"
+    return f"checks every {guard['every_steps']} steps, threshold {guard['threshold']:g}"
 
 
 def mode_set(args: Namespace) -> int:
-    """Change the server's kernel path."""
+    """Change the server's kernel path, or how traffic is split between paths."""
+    mode = KernelMode(args.mode) if args.mode else None
+    split = _split(args)
+    if mode is None and split is None:
+        raise UnusableOption("MODE, --split: give at least one")
     with Client(connection(args)) as client:
-        change = to_plain(client.set_kernel_mode(KernelMode(args.mode), args.expected_generation))
-    if args.json:
-        print_json(change)
-    else:
-        print(
-            f"{change['previous']} -> {change['current']}, generation {change['generation']}, "
-            f"from step {change['applied_at_step']} on"
-        )
+        change = client.set_kernel_mode(mode, args.expected_generation, split)
+    _print_change(to_plain(change), args.json)
     return 0
+
+
+def _split(args: Namespace) -> Split | None:
+    """Read the options of a traffic split."""
+    by_time = args.split_kind == "time-slice"
+    if args.split is None and args.split_kind is not None:
+        raise UnusableOption("--split-kind: needs --split")
+    if args.slice_seconds is not None and not by_time:
+        raise UnusableOption("--slice-seconds: needs --split-kind time-slice")
+    return None if args.split is None else Split(args.split, args.slice_seconds, by_time)
+
+
+def mode_rearm(args: Namespace) -> int:
+    """End a fallback of the shadow guard."""
+    with Client(connection(args)) as client:
+        change = client.rearm_guard()
+    _print_change(to_plain(change), args.json)
+    return 0
+
+
+def _print_change(change: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(change)
+        return
+    print(
+        f"{change['previous']} -> {change['current']}, generation {change['generation']}, "
+        f"from step {change['applied_at_step']} on"
+    )
 
 
 def health(args: Namespace) -> int:
@@ -155,8 +227,10 @@ COMMANDS: Mapping[str, Callable[[Namespace], int]] = {
     "demo": demo,
     "generate": generate,
     "chat": chat,
+    "compare": compare,
     "mode get": mode_get,
     "mode set": mode_set,
+    "mode rearm": mode_rearm,
     "health": health,
     "drain": drain,
     "bench kernels": bench_kernels,
@@ -205,3 +279,32 @@ def _read_prompt() -> str:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UnusableOption(f"PROMPT: standard input is not UTF-8: {error.reason}") from error
+
+
+def _comparison(args: Namespace, left: "Prompt", right: "Prompt") -> generation_pb2.CompareRequest:
+    """Read the options of a comparison into a request."""
+    request = generation_pb2.CompareRequest(repetitions=args.repetitions)
+    sides = ((request.left, left, args.left), (request.right, right, args.right))
+    for side, prompt, mode in sides:
+        side.model = args.model
+        side.kernel_mode = WIRE_MODES[KernelMode(mode)]
+        side.stopping.max_tokens = args.max_tokens
+        side.stopping.ignore_eos = args.ignore_eos
+        prompt.put_into(side, as_chat=args.chat)
+    return request
+
+
+def _comparisons(args: Namespace) -> list[tuple[int, "Prompt", generation_pb2.CompareRequest]]:
+    """Read a file of prompts; each with the number of its line and the comparison made of it."""
+    from fusewire.service.compare import UnusablePrompts, read_prompts
+
+    try:
+        text = sys.stdin.buffer.read() if str(args.prompts) == "-" else args.prompts.read_bytes()
+        prompts = read_prompts(text.decode("utf-8").split("\n"))
+    except OSError as error:
+        raise UnusableOption(f"--prompts {args.prompts}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UnusableOption(f"--prompts {args.prompts}: is not UTF-8: {error.reason}") from error
+    except UnusablePrompts as error:
+        raise UnusableOption(f"--prompts {args.prompts}: {error}") from error
+    return [(line, prompt, _comparison(args, prompt, prompt)) for line, prompt in prompts]

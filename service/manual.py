@@ -24,6 +24,7 @@ examples:
   fusewire serve                              serve the embedded model on 127.0.0.1:50051
   fusewire generate 'Once upon a time'        stream an answer to the terminal
   fusewire chat                               talk to the model
+  fusewire compare 'Once upon a time'         two kernel paths side by side: same tokens, and how fast
   fusewire mode set unfused                   change the kernel path of the running server
 """
 
@@ -73,18 +74,70 @@ examples:
   fusewire chat --system 'Answer in one sentence.' --temperature 0.7
 """
 
+COMPARE_DESCRIPTION = """\
+Run two kernel paths side by side on a running server, and tell whether that changes anything and what
+it gains. Both sides are greedy and do not use the prefix cache. First both run at once, and their texts
+are shown as they come; this pass is not timed. Then each runs alone, in the order left, right, right,
+left, …, and the report tells
+
+  latency    time to first token (TTFT), prefill, time per further token (TPOT) and decode of each side:
+             median, lowest and highest, and the left median over the right
+  QK norm    device time of that step in one layer, and the share of all layers' in the step
+  logits     how far they differ at each position, both sides fed the left one's tokens
+  load       what else ran on the server meanwhile
+
+and closes with a sentence. In a terminal the two texts grow in two columns, other tokens in another
+colour; elsewhere plain text follows when all is done.
+
+The exit status is also 1 if the tokens differ beyond the tolerance, so that this can be a check. They do
+if the sides have the same prompt and
+
+  (compared - agreeing) / compared > T          T as --tolerance sets it
+
+where compared is the number of tokens of the longer answer, and agreeing the number of tokens before the
+first that differs: greedy answers that part once need not meet again. A first difference at a tie, as
+--tie-gap defines it, does not count; of positions after the 512th the lead is not known, so there it
+does. Sides with different prompts never end with 1 for their tokens.
+
+--prompts FILE compares each line of a file and prints a line for each and a summary; ratios are the left
+median over the right one, and summed up by their geometric mean. A line that begins with { is JSON:
+{"text": "…"}, {"messages": [{"role": "user", "content": "…"}]} or {"token_ids": [1, 2]}; any other line is
+a text, and blank lines are skipped. The first call that fails ends the batch. With --json each line is
+an object, the last one the summary.
+"""
+
+COMPARE_EXAMPLES = """
+examples:
+  fusewire compare 'Once upon a time'
+  fusewire compare --chat 'Who was Emma?' --left fused_norm --max-tokens 64
+  fusewire compare --left fused --right fused 'Once' --right-prompt 'Twice'
+  fusewire compare --json - < prompt.txt | jq .verdict
+  fusewire compare --prompts prompts.txt --repetitions 0 --tie-gap 0.01 || echo 'the answers differ'
+"""
+
 MODE_DESCRIPTION = """\
 Show or change the kernel path of requests that pin none, on a running server (admin port).
 """
 
 MODE_GET_DESCRIPTION = """\
 Print the server's kernel path, the implementation behind it, how often it has been changed (the
-generation, which starts at 1), and the paths that can be switched to.
+generation, which starts at 1), the paths that can be switched to, how traffic is split between them,
+and what the shadow guard does, which holds the paths against each other while they run.
 """
 
 MODE_SET_DESCRIPTION = """\
 Change the kernel path from the next step on, without a restart or a dropped request. Running
 requests that follow the server's default switch too; those that pinned a path keep theirs.
+
+With --split, requests that pin no path are shared between several: either each keeps to one, chosen by
+its id, or the whole server takes turns by the clock. The first is to see whether answers stay right;
+the paths then share one queue, so their latencies are coupled. Latencies are compared by the second. A
+change without --split ends a split.
+"""
+
+MODE_REARM_DESCRIPTION = """\
+End a fallback of the shadow guard: the path that it left becomes the server's kernel path again, and is
+watched again. Fails if the guard has not fallen back.
 """
 
 MODE_EXAMPLES = """
@@ -92,6 +145,9 @@ examples:
   fusewire mode get
   fusewire mode set unfused
   fusewire mode set fused --expected-generation 2 --json
+  fusewire mode set --split fused=10,unfused=90
+  fusewire mode set --split fused=50,unfused=50 --split-kind time-slice --slice-seconds 5
+  fusewire mode rearm
 """
 
 HEALTH_DESCRIPTION = """\

@@ -16,8 +16,8 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from fusewire.service import cli
+from fusewire.v1 import admin_pb2, kernel_pb2
 from fusewire.v1 import generation_pb2 as pb
-from fusewire.v1 import kernel_pb2
 from tests.tools.fake_server import FINISHED, REQUEST_ID, FakeServer
 from tests.tools.server_process import free_port
 
@@ -26,9 +26,11 @@ COMMANDS = [
     "demo",
     "generate",
     "chat",
+    "compare",
     "mode",
     "mode get",
     "mode set",
+    "mode rearm",
     "health",
     "drain",
     "bench",
@@ -264,7 +266,24 @@ def test_phases_on_different_paths_are_told_apart(fusewire, server: FakeServer) 
         (["generate", "x", "--token-file", "/absent"], "--token-file"),
         (["generate", "x", "--token-file", "/dev/null"], "--token-file"),
         (["generate", "x", "--token-file", "t", "--target", "192.0.2.1:50051"], "--token-file"),
+        (["compare"], "PROMPT"),
+        (["compare", "x", "--prompts", "f"], "--prompts"),
+        (["compare", "--prompts", "/absent"], "--prompts"),
+        (["compare", "--prompts", "/dev/null"], "no prompt"),
+        (["compare", "--prompts", "/dev/null", "--right-prompt", "x"], "--right-prompt"),
+        (["compare", "x", "--left", "zip"], "--left"),
+        (["compare", "x", "--repetitions", "101"], "--repetitions"),
+        (["compare", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["compare", "x", "--tolerance", "1.1"], "--tolerance"),
+        (["compare", "x", "--tie-gap", "nan"], "--tie-gap"),
         (["mode", "set", "zip"], "MODE"),
+        (["mode", "set"], "MODE"),
+        (["mode", "set", "--split", "fused=50"], "--split"),
+        (["mode", "set", "--split", "fused=50,fused=50"], "--split"),
+        (["mode", "set", "--split", "fused=150,unfused=-50"], "--split"),
+        (["mode", "set", "--split", "zip=100"], "--split"),
+        (["mode", "set", "fused", "--split-kind", "request"], "--split-kind"),
+        (["mode", "set", "--split", "fused=100", "--slice-seconds", "1"], "--slice-seconds"),
         (["health", "--wait", "nan"], "--wait"),
         (["demo", "--repetitions", "0"], "--repetitions"),
         (["serve", "--port", "abc"], "--port"),
@@ -272,7 +291,7 @@ def test_phases_on_different_paths_are_told_apart(fusewire, server: FakeServer) 
         (["serve", "--config", "/absent.toml"], "--config"),
         (["serve", "--host", "0.0.0.0"], "host"),
         (["serve", "--po", "1"], "--po"),
-        (["compare"], "COMMAND"),
+        (["contrast"], "COMMAND"),
     ],
 )
 def test_a_bad_command_line_is_named_and_ends_with_2(fusewire, arguments: list[str], named: str) -> None:
@@ -304,7 +323,17 @@ def test_input_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.parametrize(
     "command",
-    ["generate x", "generate x --json", "mode get", "mode set fused", "drain", "health"],
+    [
+        "generate x",
+        "generate x --json",
+        "compare x",
+        "compare x --json",
+        "mode get",
+        "mode set fused",
+        "mode rearm",
+        "drain",
+        "health",
+    ],
 )
 def test_a_status_is_one_line_and_ends_with_1(fusewire, server: FakeServer, command: str) -> None:
     server.failure = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue\nis full")
@@ -423,7 +452,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(server: FakeServer) -> None:
 
 def test_mode_get(fusewire, server: FakeServer) -> None:
     outcome = fusewire("mode", "get", "--target", server.target)
-    assert outcome.out == "fused on torch-cpu, generation 2\navailable: unfused, fused\n"
+    assert outcome.out == (
+        "fused on torch-cpu, generation 2\navailable: unfused, fused\n"
+        "split: none\nguard: checks every 512 steps, threshold 0.02\n"
+    )
     outcome = fusewire("mode", "get", "--json", "--target", server.target)
     assert json.loads(outcome.out) == {
         "mode": "fused",
@@ -431,7 +463,67 @@ def test_mode_get(fusewire, server: FakeServer) -> None:
         "generation": 2,
         "backend": "torch-cpu",
         "available": ["unfused", "fused"],
+        "split_kind": "unspecified",
+        "slice_seconds": 0.0,
+        "guard": {
+            "every_steps": 512,
+            "threshold": 0.02,
+            "fallback_active": False,
+            "left_mode": "unspecified",
+            "relative_error": 0.0,
+        },
     }
+
+
+def test_mode_get_tells_of_a_split_and_of_a_fallback(fusewire, server: FakeServer) -> None:
+    current = server.kernel_mode
+    current.split.add(mode=kernel_pb2.KERNEL_MODE_UNFUSED, percent=90)
+    current.split.add(mode=kernel_pb2.KERNEL_MODE_FUSED, percent=10)
+    current.split_kind = admin_pb2.SPLIT_KIND_REQUEST
+    current.guard.every_steps = 0
+    out = fusewire("mode", "get", "--target", server.target).out
+    assert out.endswith("split: unfused 90 %, fused 10 %, each request by itself\nguard: off\n")
+    current.split_kind, current.slice_seconds = admin_pb2.SPLIT_KIND_TIME_SLICE, 2.5
+    current.guard.fallback_active = True
+    current.guard.left_mode = kernel_pb2.KERNEL_MODE_FUSED
+    current.guard.relative_error = 0.05
+    out = fusewire("mode", "get", "--target", server.target).out
+    assert "split: unfused 90 %, fused 10 %, in time slices of 2.5 s\n" in out
+    assert "guard: fell back from fused to unfused at a relative error of 5.00e-02" in out
+
+
+def test_mode_get_of_a_server_without_a_guard(fusewire, server: FakeServer) -> None:
+    server.kernel_mode.ClearField("guard")
+    assert "guard" not in fusewire("mode", "get", "--target", server.target).out
+
+
+def test_mode_set_splits_traffic(fusewire, server: FakeServer) -> None:
+    outcome = fusewire("mode", "set", "--split", "fused=10,unfused=90", "--target", server.target)
+    assert outcome.status == 0
+    by_time = "--split fused=50,unfused=50 --split-kind time-slice --slice-seconds 2.5"
+    fusewire("mode", "set", "unfused", *by_time.split(), "--target", server.target)
+    fused, unfused = kernel_pb2.KERNEL_MODE_FUSED, kernel_pb2.KERNEL_MODE_UNFUSED
+    share = kernel_pb2.TrafficShare
+    assert server.requests == [
+        admin_pb2.SetKernelModeRequest(
+            split=[share(mode=fused, percent=10), share(mode=unfused, percent=90)],
+            split_kind=admin_pb2.SPLIT_KIND_REQUEST,
+        ),
+        admin_pb2.SetKernelModeRequest(
+            mode=unfused,
+            split=[share(mode=fused, percent=50), share(mode=unfused, percent=50)],
+            split_kind=admin_pb2.SPLIT_KIND_TIME_SLICE,
+            slice_seconds=2.5,
+        ),
+    ]
+
+
+def test_mode_rearm(fusewire, server: FakeServer) -> None:
+    outcome = fusewire("mode", "rearm", "--target", server.target)
+    assert outcome.out == "unfused -> fused, generation 4, from step 43 on\n"
+    outcome = fusewire("mode", "rearm", "--json", "--target", server.target)
+    assert json.loads(outcome.out)["applied_at_step"] == 43
+    assert server.requests == [admin_pb2.RearmShadowGuardRequest()] * 2
 
 
 def test_mode_set(fusewire, server: FakeServer) -> None:

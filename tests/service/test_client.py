@@ -45,6 +45,9 @@ def test_messages_become_plain_values() -> None:
         "generation": 2**63,
         "backend": "",
         "available": [],
+        "split_kind": "unspecified",
+        "slice_seconds": 0.0,
+        "guard": None,
     }
     json.dumps(to_plain(message))
 

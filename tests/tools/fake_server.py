@@ -6,6 +6,7 @@ It listens on one loopback port for all services, keeps what it was asked, and g
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any, Self
 
 import grpc
@@ -22,6 +23,7 @@ from fusewire.v1 import (
 from fusewire.v1 import generation_pb2 as pb
 
 REQUEST_ID = "0123abcd"
+COMPARED_TOKENS = 4
 FINISHED = pb.Finished(
     reason=pb.FINISH_REASON_STOP,
     matched_stop="\n",
@@ -42,6 +44,70 @@ FINISHED = pb.Finished(
 )
 
 
+def side_timings(mode: "kernel_pb2.KernelMode", factor: float) -> pb.SideTimings:
+    """Times of one side, two repetitions, so many times as long as the least."""
+    times = {"time_to_first_token": 0.012, "prefill": 0.01, "time_per_output_token": 0.004, "decode": 0.012}
+    spreads = {
+        name: pb.Spread(median=s * factor, low=s * factor * 0.9, high=s * factor * 1.1, mean=s * factor)
+        for name, s in times.items()
+    }
+    qk_norm = {
+        "prefill_qk_norm": pb.QkNormTime(tokens=3, layer_seconds=2e-6 * factor, step_share=0.05 * factor),
+        "decode_qk_norm": pb.QkNormTime(tokens=1, layer_seconds=1e-6 * factor, step_share=0.02 * factor),
+    }
+    runs = [pb.PhaseTimings(prefill_seconds=0.01 * factor)] * 2
+    return pb.SideTimings(mode=mode, backend="triton-cuda", runs=runs, **spreads, **qk_norm)
+
+
+REPORT = pb.CompareReport(
+    left=FINISHED,
+    right=FINISHED,
+    agreeing_tokens=COMPARED_TOKENS,
+    compared_tokens=COMPARED_TOKENS,
+    max_logit_difference=0.03125,
+    mean_logit_difference=0.0078125,
+    mean_kl_divergence=0.0009765625,
+    same_prompt=True,
+    top1_agreement=0.75,
+    positions=[pb.PositionDrift(max_logit_difference=0.03125, top2_gap=0.5)] * COMPARED_TOKENS,
+    left_timings=side_timings(kernel_pb2.KERNEL_MODE_UNFUSED, 2.0),
+    right_timings=side_timings(kernel_pb2.KERNEL_MODE_FUSED, 1.0),
+    load=pb.ConcurrentLoad(max_running_requests=3, max_waiting_requests=1),
+    verdict="same 4 of 4 tokens; prefill 2.0× faster on fused",
+)
+"""What the server tells of two sides with the same tokens."""
+
+
+def parted_report(at: int, *, gap: float = 0.5) -> pb.CompareReport:
+    """The same, but from a position on the tokens differ; there the left's likeliest leads by the gap."""
+    report = pb.CompareReport()
+    report.CopyFrom(REPORT)
+    report.agreeing_tokens = report.first_divergence = at
+    report.positions[at].top2_gap = gap
+    report.verdict = f"tokens differ ({at} of {COMPARED_TOKENS} agree)"
+    return report
+
+
+def comparison(
+    report: pb.CompareReport = REPORT, left: Sequence[str] = ("Once", " upon"), right: Sequence[str] = ()
+) -> list[pb.CompareResponse]:
+    """The events of a comparison: text by turns, a token a piece, then two timed runs and the report.
+
+    Without text of its own the right side says what the left one does.
+    """
+    events = []
+    for number, pieces in enumerate(zip_longest(left, right or left)):
+        for is_right, piece in enumerate(pieces):
+            if piece is not None:
+                token_id = number if piece == pieces[0] else 1000 + number
+                delta = pb.Delta(text=piece, token_ids=[token_id])
+                events.append(pb.CompareResponse(delta=pb.CompareDelta(right=bool(is_right), delta=delta)))
+    for runs in range(1, 3):
+        progress = pb.CompareProgress(finished_runs=runs, total_runs=2)
+        events.append(pb.CompareResponse(progress=progress))
+    return [*events, pb.CompareResponse(report=report)]
+
+
 class FakeServer(
     generation_pb2_grpc.GenerationServiceServicer,
     model_pb2_grpc.ModelServiceServicer,
@@ -53,9 +119,18 @@ class FakeServer(
     def __init__(self) -> None:
         self.pieces: Sequence[str] = ("Hello", ", ", "wörld 🌍")
         self.finished: pb.Finished | None = FINISHED
+        self.comparison: Callable[[pb.CompareRequest], Sequence[pb.CompareResponse]]
+        self.comparison = lambda request: comparison()
+        self.kernel_mode = admin_pb2.GetKernelModeResponse(
+            mode=kernel_pb2.KERNEL_MODE_FUSED,
+            generation=2,
+            backend="torch-cpu",
+            available=[kernel_pb2.KERNEL_MODE_UNFUSED, kernel_pb2.KERNEL_MODE_FUSED],
+            guard=admin_pb2.ShadowGuard(every_steps=512, threshold=0.02),
+        )
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.hang = threading.Event()
-        """Cleared: a stream waits after its pieces, until this is set or the call is cancelled."""
+        """Cleared: a stream waits before its end, until this is set or the call is cancelled."""
         self.hang.set()
         self.cancelled = threading.Event()
         self.serving: Callable[[str], int] = lambda service: health_pb2.HealthCheckResponse.SERVING
@@ -89,10 +164,21 @@ class FakeServer(
         for number, piece in enumerate(self.pieces):
             ids = [number] if request.response.token_ids else []
             yield pb.StreamGenerateResponse(delta=pb.Delta(text=piece, token_ids=ids))
-        while not self.hang.wait(0.05) and context.is_active():
-            pass
+        self._wait(context)
         if self.finished is not None:
             yield pb.StreamGenerateResponse(finished=self.finished)
+
+    def _wait(self, context: grpc.ServicerContext) -> None:
+        while not self.hang.wait(0.05) and context.is_active():
+            pass
+
+    def Compare(self, request, context):  # noqa: N802
+        self._note(request, context)
+        context.add_callback(self.cancelled.set)
+        *events, last = self.comparison(request)
+        yield from events
+        self._wait(context)
+        yield last
 
     def GetServerInfo(self, request, context):  # noqa: N802
         self._note(request, context)
@@ -104,20 +190,24 @@ class FakeServer(
 
     def GetKernelMode(self, request, context):  # noqa: N802
         self._note(request, context)
-        return admin_pb2.GetKernelModeResponse(
-            mode=kernel_pb2.KERNEL_MODE_FUSED,
-            generation=2,
-            backend="torch-cpu",
-            available=[kernel_pb2.KERNEL_MODE_UNFUSED, kernel_pb2.KERNEL_MODE_FUSED],
-        )
+        return self.kernel_mode
 
     def SetKernelMode(self, request, context):  # noqa: N802
         self._note(request, context)
         return admin_pb2.SetKernelModeResponse(
             previous=kernel_pb2.KERNEL_MODE_FUSED,
-            current=request.mode,
+            current=request.mode or kernel_pb2.KERNEL_MODE_FUSED,
             generation=2**53 + 1,
             applied_at_step=41,
+        )
+
+    def RearmShadowGuard(self, request, context):  # noqa: N802
+        self._note(request, context)
+        return admin_pb2.RearmShadowGuardResponse(
+            previous=kernel_pb2.KERNEL_MODE_UNFUSED,
+            current=kernel_pb2.KERNEL_MODE_FUSED,
+            generation=4,
+            applied_at_step=43,
         )
 
     def Drain(self, request, context):  # noqa: N802
