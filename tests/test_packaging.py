@@ -50,6 +50,8 @@ def test_the_wheel_holds_every_source_and_every_stub(wheel: zipfile.ZipFile) -> 
     for package in ("kernels", "model", "service"):
         for path in (ROOT / package).rglob("*.py"):
             assert f"fusewire/{path.relative_to(ROOT)}" in names
+    for name in ("page.html", "page.css", "page.js"):
+        assert f"fusewire/service/dashboard/{name}" in names
     for proto in (ROOT / "proto" / "fusewire" / "v1").glob("*.proto"):
         for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
             assert f"fusewire/v1/{proto.stem}{suffix}" in names
