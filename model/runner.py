@@ -48,6 +48,7 @@ from fusewire.model.sampler import Choice, Sampler
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.model.seats import SeatTable
 from fusewire.model.shadow import FAULT
+from fusewire.model.step_clock import StepClock, StepSpan
 from fusewire.model.stream_tap import StreamTap
 from fusewire.model.weights import Progress, load_weights
 
@@ -110,15 +111,17 @@ class RunnerOptions:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LaunchedStep:
     """A step that the device is at work on."""
 
     rows: Sequence[Row]
     choice: Choice | None
     """None if no row samples."""
-    done: torch.cuda.Event | None
-    """Recorded after a step of which no choice can be awaited, where there is a device to wait for."""
+    span: StepSpan
+    """From when its inputs are there to when its tokens are chosen."""
+    device_seconds: float | None = None
+    """Length of the span, once the step is collected."""
 
 
 class ModelRunner:
@@ -167,6 +170,7 @@ class ModelRunner:
             self._observer = Observer(
                 self._model, self.block_size, self._most_padded_tokens(), shadow=options.shadow
             )
+        self._clock = StepClock(self._device)
         self._graph_pool = GraphPool() if self._device.type == "cuda" and attention.capturable else None
         self._graphs = None if self._graph_pool is None else StepGraphs[StreamTap](self._graph_pool)
         self._outputs = self._allocate_outputs()
@@ -215,21 +219,30 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
         """Start a step and return; the device takes steps in the order of their launches."""
-        logits, batch = self._compute(step)
+        span = self._clock.start()
+        logits, batch = self._compute(step, span)
         if logits is None:
-            return LaunchedStep(step.rows, None, self._record())
+            span.end()
+            return LaunchedStep(step.rows, None, span)
         sampling = [row for row in step.rows if row.samples]
-        choice = self._sampler.choose(logits, sampling, batch.sample_seats, batch.sample_lengths)
-        return LaunchedStep(step.rows, choice, None)
+        choice = self._sampler.choose(
+            logits, sampling, batch.sample_seats, batch.sample_lengths, chosen=span.end
+        )
+        return LaunchedStep(step.rows, choice, span)
 
     def collect(self, launched: LaunchedStep) -> list[Sampled | None]:
         """Wait for a step: an entry a row, None for rows that sample nothing."""
         if launched.choice is None:
-            if launched.done is not None:
-                launched.done.synchronize()
-            return [None] * len(launched.rows)
-        tokens = iter(launched.choice.collect())
+            launched.span.wait()
+        tokens = iter(launched.choice.collect() if launched.choice is not None else ())
+        if launched.device_seconds is None:
+            launched.device_seconds = self._clock.read(launched.span)
         return [next(tokens) if row.samples else None for row in launched.rows]
+
+    def device_seconds(self, launched: LaunchedStep) -> float:
+        """Tell how long the device worked on a step that was collected; gaps between launches count."""
+        assert launched.device_seconds is not None, "the step was not collected"
+        return launched.device_seconds
 
     def run(self, step: Step) -> list[Sampled | None]:
         """Launch a step and wait for it."""
@@ -244,12 +257,17 @@ class ModelRunner:
         logits, batch = self._compute(step)
         return batch.input_ids.new_empty(0, self.config.vocab_size) if logits is None else logits
 
-    def _compute(self, step: Step) -> tuple[Tensor | None, ForwardBatch]:
-        """Launch the forward pass; its logits [S, vocabulary], or None if no row samples."""
+    def _compute(self, step: Step, span: StepSpan | None = None) -> tuple[Tensor | None, ForwardBatch]:
+        """Launch the forward pass; its logits [S, vocabulary], or None if no row samples.
+
+        A span begins once the inputs are sent.
+        """
         if step.seatings:
             self._seats.seat(step.seatings)
         shape = self._shape_of(step)
         batch = self._inputs.load(step.rows, step.mode, shape)
+        if span is not None:
+            span.begin()
         tap = None if self._graphs is None else self._graphs.replay(step.mode, shape)
         self._last = batch, tap or self._forward(batch, self._observer.tap)
         num_samples = len(batch.logit_rows)

@@ -46,7 +46,14 @@ class Sampler:
         """What each seat needs under the knobs that are known."""
 
     @torch.inference_mode()
-    def choose(self, logits: Tensor, rows: Sequence[Row], seats: Tensor, lengths: Tensor) -> "Choice":
+    def choose(
+        self,
+        logits: Tensor,
+        rows: Sequence[Row],
+        seats: Tensor,
+        lengths: Tensor,
+        chosen: Callable[[], None] = lambda: None,
+    ) -> "Choice":
         """Choose a token for each row and append it to the seat's tokens; waits for nothing.
 
         The order is: repetition, presence and frequency penalty, logit bias, bans; then temperature,
@@ -57,6 +64,7 @@ class Sampler:
             rows: the S rows that sample, in the order of the logits.
             seats: int32 `[S]`, on the device: each row's seat.
             lengths: int32 `[S]`, on the device: `start + count` of each row.
+            chosen: called when all is launched but the copies to the host.
 
         Raises:
             TypeError: for logits of another dtype.
@@ -75,6 +83,7 @@ class Sampler:
         ids = self._ids[: len(rows)]
         asking = [(place, self._params(rows[place]).logprobs) for place in _where(needs, _REPORTED)]
         report = _report(logits, ids, asking) if asking else None
+        chosen()
         parcel = self._free.pop() if self._free else _Parcel.on(logits.device, self._max_rows)
         parcel.send(ids, report)
         return Choice(parcel, len(rows), asking, self._free.append)

@@ -5,12 +5,14 @@ help is quick. Imports no torch.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
+from urllib.parse import urlsplit
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service import manual
@@ -18,9 +20,11 @@ from fusewire.service.bench.engine_options import add_arguments as add_bench_eng
 from fusewire.service.bench.options import add_arguments as add_bench_arguments
 from fusewire.service.bench.serve_options import add_arguments as add_bench_serve_arguments
 from fusewire.service.config import ConfigError, Option, serve_options
+from fusewire.service.logs import LogLevel
 
 PUBLIC_TARGET = "127.0.0.1:50051"
 ADMIN_TARGET = "127.0.0.1:50052"
+METRICS_URL = "http://127.0.0.1:9464/metrics"
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -64,13 +68,21 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
+class _CommandsFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for a command's name before its summary: argparse itself forgets that it is indented."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 4 + len("log-level")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; the parsed arguments name theirs as `run`."""
     parser = argparse.ArgumentParser(
         prog="fusewire",
         description=manual.DESCRIPTION,
         epilog=manual.EXAMPLES + manual.EXIT_STATUS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_CommandsFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fusewire {version('fusewire')}")
@@ -82,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_mode(commands)
     _add_health(commands)
+    _add_top(commands)
+    _add_log_level(commands)
     _add_drain(commands)
     _add_bench(commands)
     return parser
@@ -279,6 +293,43 @@ def _add_health(commands: Commands) -> None:
     parser.set_defaults(run="health")
 
 
+def _add_top(commands: Commands) -> None:
+    parser = _add(commands, "top", "watch a running server", manual.TOP_DESCRIPTION, manual.TOP_EXAMPLES)
+    parser.add_argument(
+        "--metrics",
+        type=_http_url,
+        default=METRICS_URL,
+        metavar="URL",
+        help="where the server's metrics are (default %(default)s)",
+    )
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="SECONDS",
+        help="seconds between two looks, 0.1 to 3600 (default 1)",
+    )
+    parser.add_argument("--once", action="store_true", help="print one interval and end")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object for each interval, one a line"
+    )
+    parser.set_defaults(run="top")
+
+
+def _add_log_level(commands: Commands) -> None:
+    summary = "show or change what a server logs"
+    parser = _add(commands, "log-level", summary, manual.LOG_LEVEL_DESCRIPTION, manual.LOG_LEVEL_EXAMPLES)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = _add(actions, "get", "show the least severe lines that are logged", manual.LOG_LEVEL_DESCRIPTION)
+    change = _add(actions, "set", "change them", manual.LOG_LEVEL_DESCRIPTION, manual.LOG_LEVEL_EXAMPLES)
+    levels = get_args(LogLevel)
+    change.add_argument("level", choices=levels, metavar="LEVEL", help=f"one of {', '.join(levels)}")
+    for action, run in ((show, "log-level get"), (change, "log-level set")):
+        _add_json(action)
+        _add_connection(action, ADMIN_TARGET)
+        action.set_defaults(run=run)
+
+
 def _add_drain(commands: Commands) -> None:
     summary = "let a server finish what runs and refuse the rest"
     parser = _add(commands, "drain", summary, manual.DRAIN_DESCRIPTION)
@@ -428,15 +479,15 @@ _uint32 = _whole(0, 2**32 - 1)
 _uint64 = _whole(0, 2**64 - 1)
 
 
-def _number(what: str, most: float = sys.float_info.max) -> Callable[[str], float]:
-    """Make a converter of numbers from 0 to a largest one."""
+def _number(what: str, most: float = sys.float_info.max, least: float = 0.0) -> Callable[[str], float]:
+    """Make a converter of numbers of a range."""
 
     def convert(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
-            number = -1.0
-        if not 0 <= number <= most:
+            number = math.nan
+        if not least <= number <= most:
             raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
         return number
 
@@ -444,6 +495,7 @@ def _number(what: str, most: float = sys.float_info.max) -> Callable[[str], floa
 
 
 _seconds = _number("seconds, 0 or more")
+_interval = _number("0.1 to 3600 seconds", most=3600.0, least=0.1)
 _gap = _number("a number, 0 or more")
 _share = _number("a share from 0 to 1", 1.0)
 
@@ -460,6 +512,18 @@ def _shares(text: str) -> dict[KernelMode, int]:
             f"expected shares that add up to 100, for instance fused=50,unfused=50, got {text!r}"
         )
     return shares
+
+
+def _http_url(text: str) -> str:
+    """Check that this is an address that can be asked for over HTTP."""
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none, or an IPv6 address that is none
+        usable = False
+    if not usable or not text.isascii() or any(character <= " " for character in text):
+        raise argparse.ArgumentTypeError(f"expected an http or https URL, got {text!r}")
+    return text
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.config import is_loopback
+from fusewire.service.logs import LogLevel
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import (
     admin_pb2,
@@ -237,6 +238,19 @@ class Client:
             return self._admin.RearmShadowGuard(
                 admin_pb2.RearmShadowGuardRequest(), timeout=CALL_SECONDS, metadata=self._metadata
             )
+
+    def log_level(self) -> admin_pb2.GetLogLevelResponse:
+        """Ask for the least severe lines that are logged (admin port)."""
+        with self._named_failures():
+            return self._admin.GetLogLevel(
+                admin_pb2.GetLogLevelRequest(), timeout=CALL_SECONDS, metadata=self._metadata
+            )
+
+    def set_log_level(self, level: LogLevel) -> admin_pb2.SetLogLevelResponse:
+        """Change the least severe lines that are logged (admin port)."""
+        request = admin_pb2.SetLogLevelRequest(level=f"LOG_LEVEL_{level.upper()}")
+        with self._named_failures():
+            return self._admin.SetLogLevel(request, timeout=CALL_SECONDS, metadata=self._metadata)
 
     def drain(self, seconds: float | None = None) -> admin_pb2.DrainResponse:
         """Refuse new requests and wait until the running ones have ended (admin port)."""

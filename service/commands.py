@@ -180,6 +180,35 @@ def health(args: Namespace) -> int:
     return 0 if status == "SERVING" else 1
 
 
+def top(args: Namespace) -> int:
+    """Show a server's metrics until Ctrl-C, or once."""
+    from fusewire.service.top import run
+
+    return run(args.metrics, args.interval, once=args.once, as_json=args.json)
+
+
+def log_level_get(args: Namespace) -> int:
+    """Print the least severe lines that a server logs."""
+    with Client(connection(args)) as client:
+        current = to_plain(client.log_level())
+    if args.json:
+        print_json(current)
+    else:
+        print(current["level"])
+    return 0
+
+
+def log_level_set(args: Namespace) -> int:
+    """Change the least severe lines that a server logs."""
+    with Client(connection(args)) as client:
+        change = to_plain(client.set_log_level(args.level))
+    if args.json:
+        print_json(change)
+    else:
+        print(f"{change['previous']} -> {change['current']}")
+    return 0
+
+
 def drain(args: Namespace) -> int:
     """Let a server finish what runs."""
     with Client(connection(args)) as client:
@@ -232,6 +261,9 @@ COMMANDS: Mapping[str, Callable[[Namespace], int]] = {
     "mode set": mode_set,
     "mode rearm": mode_rearm,
     "health": health,
+    "top": top,
+    "log-level get": log_level_get,
+    "log-level set": log_level_set,
     "drain": drain,
     "bench kernels": bench_kernels,
     "bench engine": bench_engine,

@@ -11,11 +11,13 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service.logs import LogFormat, LogLevel
 from fusewire.service.messages import Routing
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -46,7 +48,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int | None
     gpu_memory_utilization: float
     deterministic: bool
-    log_level: Literal["debug", "info", "warning", "error"]
+    log_level: LogLevel
+    log_format: LogFormat
     shadow_every: int
     shadow_threshold: float | None
     qk_timing_every: int
@@ -177,9 +180,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     insecure: Annotated[bool, Meta(description="allow plaintext gRPC on an address that is not loopback")] = (
         False
     )
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="least severe lines to log")
-    ] = "info"
+    log_level: Annotated[LogLevel, Meta(description="least severe lines to log")] = "info"
+    log_format: Annotated[LogFormat, Meta(description="how a line of the log looks")] = "text"
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="base URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces, for "
+            "instance http://127.0.0.1:4318; empty turns tracing off"
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         """Check what one field alone cannot: pairs, paths and exposure."""
@@ -204,6 +213,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"max_step_growth: must be above 1, or 0 for no bound, got {self.max_step_growth:g}"
             )
+        if self.otlp_endpoint and not _is_http_url(self.otlp_endpoint):
+            raise ConfigError(f"otlp_endpoint: expected an http or https URL, got {self.otlp_endpoint!r}")
         if not self.tls_cert and not self.insecure:
             for name, host in (("host", self.host), ("admin_host", self.admin_host)):
                 if not is_loopback(host):
@@ -226,6 +237,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 class Option(NamedTuple):

@@ -14,12 +14,14 @@ from pathlib import Path
 import msgspec
 
 from fusewire.service.config import ServeConfig
-from fusewire.service.messages import EngineReady, Routing
+from fusewire.service.logs import LogLevel
+from fusewire.service.messages import EngineReady, Routing, SetLogLevel
 from fusewire.service.metrics import RequestMetrics
 from fusewire.service.rpc.front_end import ListenError
 from fusewire.service.rpc.serving import END_SECONDS, DrainResult, Serving
 from fusewire.service.supervisor import ChildSupervisor
 from fusewire.service.tokenizer import Tokenizer
+from fusewire.service.tracing import Tracer
 from fusewire.service.worker_messages import (
     Drain,
     Drained,
@@ -105,6 +107,11 @@ class FrontEnds:
         for worker in self._workers:
             worker.load_tokenizer(folder)
 
+    def set_log_level(self, level: LogLevel) -> None:
+        """Let every worker log from this severity up, those too that are started later."""
+        for worker in self._workers:
+            worker.set_log_level(level)
+
     async def drain(self, seconds: float) -> DrainResult:
         """Let every worker drain, and add up how their requests ended."""
         results = await asyncio.gather(*(worker.drain(seconds) for worker in self._workers))
@@ -189,6 +196,13 @@ class _Worker(ChildSupervisor):
         self._folder = folder
         self.tell(encode_line(LoadTokenizer(str(folder))))
 
+    def set_log_level(self, level: LogLevel) -> None:
+        """Let the worker log from this severity up, now and whenever it is started again."""
+        start = self._start_message
+        config = msgspec.structs.replace(start.config, log_level=level)
+        self._start_message = msgspec.structs.replace(start, config=config)
+        self.tell(encode_line(SetLogLevel(level)))
+
     async def drain(self, seconds: float) -> DrainResult:
         """Let the worker drain; one that is dead, dies or hangs has nothing left to count."""
         self._is_draining = True
@@ -263,8 +277,20 @@ class SharedServing(Serving):
         on_routing: Callable[[Routing], None],
         metrics: RequestMetrics,
         front_ends: FrontEnds,
+        on_log_level: Callable[[LogLevel], None] = lambda level: None,
+        tracer: Tracer | None = None,
     ) -> None:
-        super().__init__(config, model_name, socket_path, services, on_engine, on_routing, metrics)
+        super().__init__(
+            config,
+            model_name,
+            socket_path,
+            services,
+            on_engine,
+            on_routing,
+            metrics,
+            on_log_level=on_log_level,
+            tracer=tracer,
+        )
         self._front_ends = front_ends
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:

@@ -162,6 +162,48 @@ examples:
   fusewire health --service fusewire.v1.GenerationService
 """
 
+TOP_DESCRIPTION = """\
+Watch a running server through its metrics (--metrics-host and --metrics-port of fusewire serve), from one
+look to the next:
+
+  state     the engine and its restarts, the default kernel path and what steps ran on, the shadow guard
+  load      running and waiting requests, KV cache, prefix cache; rates a second
+  counts    requests that ended or were not admitted, calls by gRPC code; in brackets, what is new
+  requests  latencies by phase and kernel path: mean and quantiles of the interval
+  steps     time of a step by phase and path, as the host sees it and on the device
+  QK norm   device time of that step in one layer
+
+Quantiles are estimated within a histogram's buckets; "≥" is beyond the last one. A row stays once anything
+was observed for it, and shows dashes while nothing is. How traffic is split between paths is in no metric:
+fusewire mode get tells it. "… ago" goes by this machine's clock.
+
+In a terminal the view is redrawn until Ctrl-C, as much of it as fits; elsewhere each interval is printed
+below the last. A server that cannot be reached is asked on, and one that was started again is followed, and
+either is told; with --once the exit status is 1 if it cannot be reached. With --json times are in seconds,
+shares from 0 to 1, and what is not known is null.
+"""
+
+TOP_EXAMPLES = """
+examples:
+  fusewire top
+  fusewire top --metrics http://gpu-7:9464/metrics --interval 5
+  fusewire top --once
+  fusewire top --once --json --interval 10 | jq .rates.generation_tokens
+"""
+
+LOG_LEVEL_DESCRIPTION = """\
+Show or change what a running server logs (admin port), from the next line on, in all of its processes.
+An engine or a front end that is started again goes on with the changed level; a server that is, does
+not: its level is --log-level.
+"""
+
+LOG_LEVEL_EXAMPLES = """
+examples:
+  fusewire log-level get
+  fusewire log-level set debug                for a while, to look for a fault
+  fusewire log-level set info
+"""
+
 DRAIN_DESCRIPTION = """\
 Make a server refuse new requests and wait until the running ones have ended (admin port). The
 server stays up, and its health says NOT_SERVING.

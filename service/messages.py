@@ -15,6 +15,7 @@ import msgspec
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.sampling_params import SamplingParams
+from fusewire.service.logs import LogLevel
 
 Phase = Literal["prefill", "decode", "mixed"]
 EndReason = Literal["stop", "eos", "length", "context", "cancelled", "time_limit", "error"]
@@ -238,7 +239,7 @@ class Ended(_Message, frozen=True):
     stop_id: int | None = None
     """The eos or stop token that ended it."""
     preempted_seconds: float = 0.0
-    """Time spent back in the queue after preemptions."""
+    """Time spent back in the queue after preemptions, as far as a token came after it."""
 
 
 RequestEvent = Scheduled | Token | Ended
@@ -285,6 +286,8 @@ class StepReport(_Message, frozen=True):
     """Of earlier steps, known now."""
     checks: tuple[ShadowCheck, ...] = ()
     """Likewise."""
+    device_seconds: float | None = None
+    """What the device worked on the step, whatever the host did meanwhile; None if that is not known."""
 
 
 class KernelModeReply(_Message, frozen=True):
@@ -344,6 +347,15 @@ class KernelModeChanged(_Message, frozen=True):
 
 
 FromEngine = EngineReady | StepReport | KernelModeReply | CancelReply | ExamineReply | KernelModeChanged
+
+
+# ---- server to engine, over its standard input: one JSON object a line ----
+
+
+class SetLogLevel(msgspec.Struct, frozen=True, tag=True):
+    """Log lines of this severity and above from now on."""
+
+    level: LogLevel
 
 
 # ---- framing ----

@@ -8,14 +8,15 @@ the engine, only the messages that the engine sends.
 import collections
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from itertools import chain
-from pathlib import Path
+from itertools import accumulate
 from typing import NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.messages import (
@@ -72,7 +73,7 @@ class RequestAccount(NamedTuple):
     prefill_seconds: float | None
     decode_seconds: float | None
     total_seconds: float
-    """From arrival to the end."""
+    """From arrival to the last token or, if something else ended it, to that."""
     preempted_seconds: float
     completion_tokens: int
 
@@ -81,7 +82,7 @@ class RequestMetrics:
     """What a front end sees of its requests and calls.
 
     Where several front ends share a port, each has one of these and the process that is scraped adds
-    them up: see `Scrape`. What is only once, the engine above all, is in `Metrics`.
+    them up: see `fusewire.service.shared_metrics`. What is only once, the engine above all, is in `Metrics`.
 
     Args:
         model_name: the value of the label `model_name`.
@@ -93,7 +94,7 @@ class RequestMetrics:
         self.rpc = RpcMetrics(self.registry)
         make = self._make = _Maker(self.registry)
         self._requests = _request_histograms(make, model_name)
-        self._last_token_at: dict[str, float] = {}
+        self._gaps = _TokenGaps()
         self._prompt_tokens = make.counter("prompt_tokens", "Tokens of the prompts that were scheduled")
         self._generation_tokens = make.counter("generation_tokens", "Tokens generated")
         self._cache_queries = make.counter(
@@ -107,25 +108,24 @@ class RequestMetrics:
 
     def observe_step(self, report: StepReport) -> None:
         """Take in one report of the engine: the tokens that it brought to this front end's requests."""
-        tokens, gaps, last = 0, [], self._last_token_at
+        request_ids = {event.request_id for event in report.events if type(event) is Token}
+        if request_ids:
+            now = next(event.time for event in report.events if type(event) is Token)
+            gaps = self._gaps.take(request_ids, now)
+            self._generation_tokens.inc(len(request_ids))
+            self._requests["inter_token_latency"][report.kernel_mode].observe_all(gaps)
+        if len(request_ids) == len(report.events):
+            return
         for event in report.events:
-            if type(event) is Token:
-                tokens += 1
-                if (before := last.get(event.request_id)) is not None:
-                    gaps.append(event.time - before)
-                last[event.request_id] = event.time
-            elif type(event) is Ended:
-                last.pop(event.request_id, None)
+            if type(event) is Ended:
+                self._gaps.forget(event.request_id)
             elif type(event) is Scheduled:
                 self._cache_queries.inc(event.queried_tokens)
                 self._cache_hits.inc(event.cached_tokens)
-        if tokens:
-            self._generation_tokens.inc(tokens)
-            self._requests["inter_token_latency"][report.kernel_mode].observe_all(gaps)
 
     def observe_engine(self, ready: EngineReady | None) -> None:
         """Take in that the engine has become usable, or is gone (None)."""
-        self._last_token_at.clear()
+        self._gaps = _TokenGaps()
 
     def observe_routing(self, before: Routing, routing: Routing) -> None:
         """Take in that another default kernel path holds."""
@@ -196,6 +196,13 @@ class Metrics(RequestMetrics):
             self._mode.backends = ready.kernel_backends
             self._mode.show(ready.routing)
 
+    def observe_certificate(self, not_after: float) -> None:
+        """Show when the TLS certificate expires, in Unix time; without TLS there is no such metric."""
+        self._make.gauge(
+            "tls_certificate_not_after_timestamp_seconds",
+            "When the TLS certificate expires, or the first of its chain, in Unix time",
+        ).set(not_after)
+
     def observe_restart(self) -> None:
         """Count that the engine has died and is started again."""
         self._engine.restarts.inc()
@@ -206,38 +213,6 @@ class Metrics(RequestMetrics):
             self._mode.switches.inc()
             self._mode.last_switch.set_to_current_time()
         self._mode.show(routing)
-
-
-class Scrape:
-    """One exposition of this process's metrics and those of the workers that keep theirs in files.
-
-    What both have is added up; only counters and histograms are shared so. A worker leaves its counts
-    behind when it dies, so no series ever goes back.
-
-    Args:
-        own: the registry of this process.
-        folder: the workers' PROMETHEUS_MULTIPROC_DIR.
-    """
-
-    def __init__(self, own: CollectorRegistry, folder: Path) -> None:
-        self._own = own
-        self._files = MultiProcessCollector(None, str(folder))
-
-    def collect(self) -> Iterable[Metric]:
-        """Read every metric; called from the thread that serves a scrape."""
-        families: dict[str, Metric] = {}
-        values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-        for metric in chain(self._own.collect(), self._files.collect()):
-            families.setdefault(metric.name, metric)
-            sums = values.setdefault(metric.name, {})
-            for sample in metric.samples:
-                key = sample.name, tuple(sorted(sample.labels.items()))
-                sums[key] = sums.get(key, 0.0) + sample.value
-        for name, metric in families.items():
-            summed = Metric(name, metric.documentation, metric.type)
-            for (sample_name, labels), value in values[name].items():
-                summed.add_sample(sample_name, dict(labels), value)
-            yield summed
 
 
 class _EngineMetrics:
@@ -251,9 +226,16 @@ class _EngineMetrics:
             "phase",
             "kernel_mode",
         )
-        self._steps = {
-            (phase, mode): steps.labels(phase, mode) for phase in get_args(Phase) for mode in KernelMode
-        }
+        device = make.histogram(
+            "engine_step_device_seconds",
+            "Device time of one step, without waits for the host between steps; by the clock on a CPU",
+            STEP_BUCKETS,
+            "phase",
+            "kernel_mode",
+        )
+        kinds = [(phase, mode) for phase in get_args(Phase) for mode in KernelMode]
+        self._steps = {kind: steps.labels(*kind) for kind in kinds}
+        self._device = {kind: device.labels(*kind) for kind in kinds}
         batch = make.histogram(
             "batch_tokens", "Tokens of one phase in a step that had any", BATCH_BUCKETS, "phase"
         )
@@ -273,7 +255,10 @@ class _EngineMetrics:
         self._preemptions.inc(report.preemptions)
         if report.phase is None:
             return
-        self._steps[report.phase, report.kernel_mode].observe(report.duration)
+        kind = report.phase, report.kernel_mode
+        self._steps[kind].observe(report.duration)
+        if report.device_seconds is not None:
+            self._device[kind].observe(report.device_seconds)
         self._last_step.set_to_current_time()
         if report.prefill_tokens:
             self._prefill_tokens.observe(report.prefill_tokens)
@@ -335,6 +320,37 @@ class _KernelModeMetrics:
             self._errors[check.phase].set(check.relative_error)
 
 
+class _TokenGaps:
+    """How long each request waited for its next token. The tokens of one step come at one time."""
+
+    def __init__(self) -> None:
+        self._newest: set[str] = set()
+        """Who got a token in the newest step that brought any."""
+        self._newest_time = 0.0
+        self._times: dict[str, float] = {}
+        """When the last token of any other request came."""
+
+    def take(self, request_ids: set[str], now: float) -> Mapping[float, int]:
+        """Take in who got a token; returns how many of them had waited how long since their last one.
+
+        Mostly they are those of the step before: nothing is done for each of them in Python.
+        """
+        others = request_ids - self._newest
+        same = len(request_ids) - len(others)
+        if same < len(self._newest):
+            self._times.update(dict.fromkeys(self._newest - request_ids, self._newest_time))
+        gaps = collections.Counter({now - self._newest_time: same} if same else {})
+        for request_id in others & self._times.keys():
+            gaps[now - self._times.pop(request_id)] += 1
+        self._newest, self._newest_time = request_ids, now
+        return gaps
+
+    def forget(self, request_id: str) -> None:
+        """Take in that a request has ended."""
+        self._newest.discard(request_id)
+        self._times.pop(request_id, None)
+
+
 class MethodMetrics:
     """The counters of one RPC."""
 
@@ -390,7 +406,7 @@ def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, 
         "request_queue": "From a request's arrival to its first scheduling",
         "request_prefill": "From a request's first scheduling to its first token",
         "request_decode": "From a request's first token to its last",
-        "e2e_request_latency": "From a request's arrival to its end",
+        "e2e_request_latency": "From a request's arrival to its last token, or to when it was cut short",
         "request_preempted": "Time that a request spent back in the queue, within its phases",
     }
     fast = {
@@ -410,15 +426,71 @@ def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, 
     }
 
 
-class _Histogram(Histogram):
+class _Steady(MetricWrapperBase):
+    """Names its series once and not at every scrape, which then takes a quarter of the time."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Read every series."""
+        family = self._get_metric()
+        family.samples = [sample for child in self._children() for sample in child.read()]
+        return [family]
+
+    def read(self) -> Iterable[Sample]:
+        """The samples of one combination of labels, with the same dicts of labels every time."""
+        raise NotImplementedError
+
+    def _children(self) -> Iterable["_Steady"]:
+        """Every combination of labels; the metric itself, if it has no labels."""
+        if not self._labelnames:
+            return [self]
+        with self._lock:
+            return [child for child in self._metrics.values() if isinstance(child, _Steady)]
+
+    def _metric_init(self) -> None:
+        super()._metric_init()
+        self._own_labels = dict(zip(self._labelnames, self._labelvalues, strict=True))
+
+
+class _Counter(_Steady, Counter):
+    """A counter."""
+
+    def read(self) -> Iterable[Sample]:
+        """The one sample."""
+        return (Sample(f"{self._name}_total", self._own_labels, self._value.get()),)
+
+
+class _Histogram(_Steady, Histogram):
     """A histogram that takes many values for little more than the price of one."""
 
-    def observe_all(self, amounts: Sequence[float]) -> None:
-        """Observe every amount; those that fall into one bucket are counted there at once."""
-        buckets = collections.Counter(bisect_left(self._upper_bounds, amount) for amount in amounts)
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """Observe an amount; there are no exemplars here."""
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
+        self._sum.inc(amount)
+
+    def observe_all(self, amounts: Mapping[float, int]) -> None:
+        """Observe every amount as often as it says; those of one bucket are counted there at once."""
+        buckets: collections.Counter[int] = collections.Counter()
+        for amount, number in amounts.items():
+            buckets[bisect_left(self._upper_bounds, amount)] += number
         for bucket, number in buckets.items():
             self._buckets[bucket].inc(number)
-        self._sum.inc(sum(amounts))
+        self._sum.inc(sum(amount * number for amount, number in amounts.items()))
+
+    def read(self) -> Iterable[Sample]:
+        """Buckets, count and sum."""
+        bucket_name, count_name, sum_name = self._sample_names
+        counts = accumulate(bucket.get() for bucket in self._buckets)
+        samples = [Sample(bucket_name, *pair) for pair in zip(self._bucket_labels, counts, strict=True)]
+        samples.append(Sample(count_name, self._own_labels, samples[-1].value))
+        samples.append(Sample(sum_name, self._own_labels, self._sum.get()))
+        return samples
+
+    def _metric_init(self) -> None:
+        super()._metric_init()
+        self._sample_names = tuple(f"{self._name}_{part}" for part in ("bucket", "count", "sum"))
+        self._bucket_labels = [
+            {**self._own_labels, "le": floatToGoString(bound)} for bound in self._upper_bounds
+        ]
 
 
 def _age(since: float | None) -> float:
@@ -434,7 +506,7 @@ class _Maker:
 
     def counter(self, name: str, meaning: str, *labels: str) -> Counter:
         """A counter; `_total` is added to its name."""
-        return Counter(f"{self._prefix}_{name}", meaning, labels, registry=self._registry)
+        return _Counter(f"{self._prefix}_{name}", meaning, labels, registry=self._registry)
 
     def gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(f"{self._prefix}_{name}", meaning, labels, registry=self._registry)

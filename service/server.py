@@ -12,19 +12,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import msgspec
 import uvloop
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from fusewire.service.auth import CredentialError
+from fusewire.service.certificates import not_after
 from fusewire.service.config import ServeConfig
+from fusewire.service.exposition import MetricsServer
 from fusewire.service.front_ends import FrontEnds, SharedServing
+from fusewire.service.logs import SERVER_TEXT, LogLevel, set_up
 from fusewire.service.messages import EngineReady, Routing
-from fusewire.service.metrics import Metrics, Scrape
+from fusewire.service.metrics import Metrics
 from fusewire.service.model_source import ModelError, find_folder, public_name
 from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
+from fusewire.service.shared_metrics import Scrape
 from fusewire.service.supervisor import EngineSupervisor
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
+from fusewire.service.tracing import Tracer, TracingError, open_tracer
 
 if TYPE_CHECKING:
     from fusewire.service.dashboard import Dashboard
@@ -41,9 +47,7 @@ class StartError(RuntimeError):
 
 def run(config: ServeConfig) -> int:
     """Serve until a signal comes or serving is of no use; returns the exit status, 0 or 1."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up("server", config.log_level, config.log_format, SERVER_TEXT)
     return uvloop.run(_serve(config))
 
 
@@ -75,14 +79,20 @@ class Server:
         self._supervisor: EngineSupervisor | None = None
         self._front_ends: FrontEnds | None = None
         self._dashboard: Dashboard | None = None
+        self._tracer: Tracer | None = None
 
     async def start(self) -> None:
         """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
 
         Raises:
-            StartError: if a port is taken or a credential's file cannot be used.
+            StartError: if a port is taken, a credential's file cannot be used or traces cannot be made.
         """
         config = self._config
+        if config.otlp_endpoint:
+            try:
+                self._tracer = open_tracer(config.otlp_endpoint)
+            except TracingError as error:
+                raise StartError(str(error)) from error
         self._folder = TemporaryDirectory(prefix="fusewire-")  # private, 0700: the engine's socket is in it
         self._socket_path = Path(self._folder.name) / "engine.sock"
         if config.frontends > 1:
@@ -99,9 +109,8 @@ class Server:
                 self._dashboard = Dashboard(self.serving, self._registry)
                 await self._dashboard.start()
                 self.dashboard_port = self._dashboard.port
-            self._scrapes, self._scrape_thread = start_http_server(
-                config.metrics_port, config.metrics_host, self._registry
-            )
+            self._scrapes = MetricsServer(config.metrics_port, config.metrics_host, self._registry)
+            self._scrapes.start()
         except (ListenError, CredentialError) as error:
             await self._abandon()
             raise StartError(str(error)) from error
@@ -109,9 +118,11 @@ class Server:
             await self._abandon()
             address = f"{config.metrics_host}:{config.metrics_port}"
             raise StartError(f"cannot listen on {address}: {error.strerror}") from error
+        if config.tls_cert:
+            self._show_certificate(config.tls_cert)
         self.port = (self._front_ends or self._front_end).port
         self.admin_port = self._front_end.admin_port
-        self.metrics_port = self._scrapes.server_port
+        self.metrics_port = self._scrapes.port
         log.info(
             "listening: public=%s:%d admin=%s:%d metrics=%s:%d",
             config.host,
@@ -139,6 +150,8 @@ class Server:
             on_engine=self._follow_engine,
             on_routing=self._remember_routing,
             metrics=self._metrics,
+            on_log_level=self._spread_log_level,
+            tracer=self._tracer,
         )
         self._front_end = FrontEnd(self._config, self.serving)
 
@@ -165,8 +178,16 @@ class Server:
             on_routing=self._remember_routing,
             metrics=self._metrics,
             front_ends=self._front_ends,
+            on_log_level=self._spread_log_level,
+            tracer=self._tracer,
         )
         self._front_end = FrontEnd(self._config, self.serving, with_public=False)
+
+    def _show_certificate(self, file: str) -> None:
+        try:
+            self._metrics.observe_certificate(not_after(Path(file).read_bytes()))
+        except (OSError, ValueError) as error:
+            log.warning("cannot tell when %s expires: %s", file, error)
 
     async def _abandon(self) -> None:
         """Undo what a failed start has done."""
@@ -175,6 +196,7 @@ class Server:
         await self._front_end.stop(0)
         if self._front_ends is not None:
             await self._front_ends.stop()
+        await self._stop_tracer()
         self._folder.cleanup()
 
     # ---- loading ----
@@ -183,9 +205,10 @@ class Server:
         """Find the model's files, then load tokenizer and engine side by side."""
         try:
             folder = await find_folder(self._config.model)
-            self._supervisor = EngineSupervisor(
-                self._config.engine(str(folder)), self._socket_path, self._count_exit, self._fail
+            engine = msgspec.structs.replace(
+                self._config.engine(str(folder)), log_level=self.serving.log_level
             )
+            self._supervisor = EngineSupervisor(engine, self._socket_path, self._count_exit, self._fail)
             await self._supervisor.start()
             if self._front_ends is None or self._dashboard is not None:  # whose comparisons run here
                 self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
@@ -224,6 +247,12 @@ class Server:
     def _remember_routing(self, routing: Routing) -> None:
         if self._supervisor is not None:
             self._supervisor.remember(routing)
+
+    def _spread_log_level(self, level: LogLevel) -> None:
+        if self._supervisor is not None:
+            self._supervisor.set_log_level(level)
+        if self._front_ends is not None:
+            self._front_ends.set_log_level(level)
 
     def _count_exit(self, code: int) -> None:
         self._metrics.observe_restart()
@@ -273,11 +302,11 @@ class Server:
         await self.serving.engine.stop()
         if self._supervisor is not None:
             await self._supervisor.stop()
-        await asyncio.to_thread(self._stop_scrapes)
+        await self._stop_tracer()
+        await asyncio.to_thread(self._scrapes.stop)
         self._folder.cleanup()
         log.info("stopped")
 
-    def _stop_scrapes(self) -> None:
-        self._scrapes.shutdown()
-        self._scrapes.server_close()
-        self._scrape_thread.join()
+    async def _stop_tracer(self) -> None:
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.stop)

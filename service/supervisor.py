@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from fusewire.service.config import EngineConfig
-from fusewire.service.messages import Routing
+from fusewire.service.logs import LogLevel
+from fusewire.service.messages import Routing, SetLogLevel
 
 log = logging.getLogger(__name__)
 
@@ -170,3 +171,8 @@ class EngineSupervisor(ChildSupervisor):
     def remember(self, routing: Routing) -> None:
         """Start later engines with the kernel paths that hold while this one runs."""
         self._config = msgspec.structs.replace(self._config, routing=routing)
+
+    def set_log_level(self, level: LogLevel) -> None:
+        """Let the engine log from this severity up, now and whenever it is started again."""
+        self._config = msgspec.structs.replace(self._config, log_level=level)
+        self.tell(msgspec.json.encode(SetLogLevel(level)) + b"\n")

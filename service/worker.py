@@ -6,7 +6,6 @@ handles no signal and is scraped by nobody: that is the server's, `fusewire.serv
 """
 
 import asyncio
-import logging
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -15,12 +14,15 @@ import uvloop
 
 from fusewire.service.auth import CredentialError
 from fusewire.service.config import ServeConfig
+from fusewire.service.logs import WORKER_TEXT, set_level, set_up
+from fusewire.service.messages import SetLogLevel
 from fusewire.service.metrics import RequestMetrics
 from fusewire.service.model_source import public_name
 from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.supervisor import EXIT_UNUSABLE
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
+from fusewire.service.tracing import open_tracer
 from fusewire.service.worker_messages import (
     Drain,
     Drained,
@@ -52,10 +54,7 @@ async def _run() -> int:
     output, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
     start = decode_to_worker(await lines.readline())
     assert isinstance(start, Start)
-    logging.basicConfig(
-        level=start.config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s",
-    )
+    set_up("worker", start.config.log_level, start.config.log_format, WORKER_TEXT)
     return await Worker(start, lambda message: output.write(encode_line(message))).run(lines)
 
 
@@ -71,7 +70,9 @@ class WorkerServing(Serving):
         self._say = say
         self._was_ready = False
         self._may_serve = False
-        super().__init__(config, model_name, socket_path, SERVICE_NAMES, metrics=RequestMetrics(model_name))
+        tracer = open_tracer(config.otlp_endpoint) if config.otlp_endpoint else None
+        metrics = RequestMetrics(model_name)
+        super().__init__(config, model_name, socket_path, SERVICE_NAMES, metrics=metrics, tracer=tracer)
 
     def join_peers(self) -> None:
         """Take in that all front ends are ready."""
@@ -120,10 +121,14 @@ class Worker:
                     self._start(self._load(Path(folder)))
                 case Serve():
                     self._serving.join_peers()
+                case SetLogLevel(level=level):
+                    set_level(level)
                 case Drain() as drain:
                     self._start(self._drain(drain))
         await self._front_end.stop(FLUSH_SECONDS)
         await self._serving.engine.stop()
+        if self._serving.tracer is not None:
+            await asyncio.to_thread(self._serving.tracer.stop)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -7,6 +7,7 @@ One JSON object a line: to a worker over its standard input, back over its stand
 import msgspec
 
 from fusewire.service.config import ServeConfig
+from fusewire.service.messages import SetLogLevel
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -42,7 +43,7 @@ class Drain(_Message, frozen=True):
     seconds: float
 
 
-ToWorker = Start | LoadTokenizer | Serve | Drain
+ToWorker = Start | LoadTokenizer | Serve | Drain | SetLogLevel
 
 
 # ---- from a worker ----

@@ -17,7 +17,7 @@ MAX_RUNNING = 256
 ENGINE_OPTIONS = tuple(
     option
     for option in serve_options()
-    if option.name in EngineConfig.__struct_fields__ and option.name != "log_level"
+    if option.name in EngineConfig.__struct_fields__ and option.name not in ("log_level", "log_format")
 )
 """The options of `fusewire serve` that reach the engine."""
 _DEFAULTS = {

@@ -1,8 +1,8 @@
 """`python -m fusewire.service.engine --socket PATH`: the engine process.
 
 Reads its `EngineConfig` as one line of JSON from standard input, loads the model, warms up every
-kernel mode, and only then listens. It stops when standard input closes. A model or an option that
-cannot work ends it with `EXIT_UNUSABLE` and one line that says why.
+kernel mode, and only then listens. Later lines are `SetLogLevel`. It stops when standard input closes.
+A model or an option that cannot work ends it with `EXIT_UNUSABLE` and one line that says why.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -28,7 +29,15 @@ from fusewire.service.engine.progress import show_progress
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine.step_time import StepTimes
 from fusewire.service.engine.watch import StepWatch
-from fusewire.service.messages import EngineReady, GenerationDefaults, GuardState, ModelInfo, Routing
+from fusewire.service.logs import ENGINE_TEXT, set_level, set_up
+from fusewire.service.messages import (
+    EngineReady,
+    GenerationDefaults,
+    GuardState,
+    ModelInfo,
+    Routing,
+    SetLogLevel,
+)
 from fusewire.service.supervisor import EXIT_UNUSABLE
 
 log = logging.getLogger("fusewire.engine")
@@ -43,10 +52,9 @@ def main() -> int:
     parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen on")
     socket_path = parser.parse_args().socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
-    )
+    lines = read_lines(sys.stdin.fileno())
+    config = msgspec.json.decode(next(lines), type=EngineConfig)
+    set_up("engine", config.log_level, config.log_format, ENGINE_TEXT)
     leave_a_core_to_the_front_end()
     try:
         engine, inbox = build(config)
@@ -54,7 +62,7 @@ def main() -> int:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
     channel = Channel(socket_path, inbox)
-    threading.Thread(target=stop_at_end_of_input, args=(engine,), daemon=True).start()
+    threading.Thread(target=follow_input, args=(lines, engine), daemon=True).start()
     channel.start()
     calm_garbage_collector()
     engine.serve()
@@ -88,7 +96,7 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
     log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
     log.info("start: %s", ", ".join(f"{name}={value:.4g}" for name, value in runner.start_report.items()))
     overlap = runner.device_name != "cpu"  # there a launch returns with the work done
-    return Engine(runner, scheduler, ready, inbox, overlap, watch, examiner=runner), inbox
+    return Engine(runner, scheduler, ready, inbox, overlap, watch, examiner=runner, timer=runner), inbox
 
 
 def calm_garbage_collector() -> None:
@@ -133,10 +141,21 @@ def describe(runner: ModelRunner, config: EngineConfig, guard: GuardState) -> En
     )
 
 
-def stop_at_end_of_input(engine: Engine) -> None:
-    """Wait until the front end closes the pipe or dies, then stop the engine."""
-    while os.read(sys.stdin.fileno(), 1):  # the buffered reader's lock would disturb the interpreter's end
-        pass
+def read_lines(file: int) -> Iterator[bytes]:
+    """Read a file line by line, unbuffered: a buffered reader's lock would disturb the interpreter's end."""
+    rest = b""
+    while chunk := os.read(file, 1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def follow_input(lines: Iterator[bytes], engine: Engine) -> None:
+    """Do what the server says until it closes the pipe or dies, then stop the engine."""
+    for line in lines:
+        try:
+            set_level(msgspec.json.decode(line, type=SetLogLevel).level)
+        except msgspec.DecodeError as error:
+            log.error("the server says what cannot be read: %s", error)
     engine.stop()
 
 

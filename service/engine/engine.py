@@ -67,6 +67,14 @@ class Runner(Protocol):
         ...
 
 
+class StepTimer(Protocol):
+    """Tells what a runner's device did; `fusewire.model.runner.ModelRunner` is one."""
+
+    def device_seconds(self, launched: Any) -> float:
+        """Tell how long the device worked on a step that was collected."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
     """A step on its way through the device."""
@@ -89,6 +97,7 @@ class Engine:
             `launch` returns before the work is done.
         watch: looks closer at some steps.
         examiner: compares kernel paths; without one that is not available.
+        timer: tells the device time of steps; without one it is not known.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Engine:
         overlap: bool = True,
         watch: StepWatch | None = None,
         examiner: Examiner | None = None,
+        timer: StepTimer | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -110,6 +120,7 @@ class Engine:
         self._orders = itertools.count()
         self._watch = watch
         self._examiner = examiner
+        self._timer = timer
         self._examinations: deque[tuple[Connection, Generator[ExamineReply | None]]] = deque()
         self._router = Router(ready.routing, frozenset(ready.kernel_backends), time.monotonic())
         scheduler.reroute(self._router.mode_of)
@@ -294,7 +305,8 @@ class Engine:
         backend = self._runner.backend(plan.mode, plan.decode_tokens + plan.prefill_tokens)
         self._scheduler.commit(plan, sampled, now, backend, seconds)
         timings, checks = self._watch.take() if self._watch is not None else ((), ())
-        self._publish_step(plan, seconds, timings, checks)
+        device_seconds = self._timer.device_seconds(launched.handle) if self._timer is not None else None
+        self._publish_step(plan, seconds, device_seconds, timings, checks)
         self._judge(checks)
 
     def _publish_events(self) -> None:
@@ -306,6 +318,7 @@ class Engine:
         self,
         plan: StepPlan,
         seconds: float,
+        device_seconds: float | None,
         timings: tuple[QKTiming, ...],
         checks: tuple[ShadowCheck, ...],
     ) -> None:
@@ -322,6 +335,7 @@ class Engine:
                     phase=plan.phase,
                     kernel_mode=plan.mode,
                     duration=seconds,
+                    device_seconds=device_seconds,
                     prefill_tokens=plan.prefill_tokens,
                     decode_tokens=plan.decode_tokens,
                     preemptions=preemptions,

@@ -69,7 +69,10 @@ class Request:
     ended: bool = False
     was_scheduled: bool = False
     preempted_at: float | None = None
+    requeued_seconds: float = 0.0
+    """How long it waited to be recomputed since its last token, or its first scheduling."""
     preempted_seconds: float = 0.0
+    """The same before its last token: a time within its prefill and decode, which end with tokens."""
     chain: PrefixChain | None = None
     """Of its blocks, all computed on one mode; None once they are not, or if the cache is off."""
     last_run: Run | None = None
@@ -130,6 +133,13 @@ class Request:
         self._runs.add(run)
         if self.chain is not None and self.chain.mode is not run.mode:
             self.chain = None
+
+    def note_token(self, token_id: int) -> None:
+        """Take in the next token of the answer."""
+        self.tokens.append(token_id)
+        if self.requeued_seconds:
+            self.preempted_seconds += self.requeued_seconds
+            self.requeued_seconds = 0.0
 
     def end(self, reason: EndReason, stop_id: int | None) -> Ended:
         """Say how it went."""

@@ -260,7 +260,7 @@ class Scheduler:
 
     def _note_scheduled(self, request: Request, now: float) -> None:
         if request.preempted_at is not None:
-            request.preempted_seconds += now - request.preempted_at
+            request.requeued_seconds += now - request.preempted_at
             request.preempted_at = None
         if not request.was_scheduled:
             request.was_scheduled = True
@@ -316,7 +316,7 @@ class Scheduler:
 
     def _append(self, request: Request, sample: Sampled, now: float) -> None:
         token_id = sample.token_id
-        request.tokens.append(token_id)
+        request.note_token(token_id)
         token = Token(request.spec.request_id, token_id, now, sample.logprob, sample.top)
         self._events[request.owner].append(token)
         if token_id in request.ending_ids:

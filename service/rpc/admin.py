@@ -2,9 +2,12 @@
 
 import logging
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import grpc
 
+from fusewire.service.logs import LogLevel
 from fusewire.service.messages import EngineReady, KernelModeReply, Routing, Share, Split
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, failed_precondition, invalid_argument
@@ -19,6 +22,15 @@ log = logging.getLogger(__name__)
 DEFAULT_SLICE_SECONDS = 10.0
 SLICE_SECONDS = (0.05, 3600.0)
 """The least and the most."""
+WIRE_LEVELS: Mapping[LogLevel, pb.LogLevel] = MappingProxyType(
+    {
+        "debug": pb.LOG_LEVEL_DEBUG,
+        "info": pb.LOG_LEVEL_INFO,
+        "warning": pb.LOG_LEVEL_WARNING,
+        "error": pb.LOG_LEVEL_ERROR,
+    }
+)
+"""From the least severe to the most."""
 
 
 class AdminService:
@@ -73,6 +85,22 @@ class AdminService:
             applied_at_step=reply.applied_at_step,
         )
 
+    async def GetLogLevel(self, request: pb.GetLogLevelRequest, call: Call) -> pb.GetLogLevelResponse:  # noqa: N802
+        """Tell the least severe lines that are logged."""
+        return pb.GetLogLevelResponse(level=WIRE_LEVELS[self._serving.log_level])
+
+    async def SetLogLevel(self, request: pb.SetLogLevelRequest, call: Call) -> pb.SetLogLevelResponse:  # noqa: N802
+        """Change that, in every process of the server."""
+        previous, level = self._serving.log_level, _log_level(request.level)
+        change = {"previous": previous, "current": level}
+        if request.level > WIRE_LEVELS[previous]:
+            log.info("log level set", extra=change)  # after it, such a line may not be logged
+            self._serving.set_log_level(level)
+        else:
+            self._serving.set_log_level(level)
+            log.info("log level set", extra=change)
+        return pb.SetLogLevelResponse(previous=WIRE_LEVELS[previous], current=request.level)
+
     async def Drain(self, request: pb.DrainRequest, call: Call) -> pb.DrainResponse:  # noqa: N802
         """Refuse new requests and answer when nothing runs any more."""
         seconds = self._serving.config.drain_seconds
@@ -101,6 +129,16 @@ class AdminService:
                 )
             case "not_fallen_back":
                 raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, "the shadow guard has not fallen back")
+
+
+def _log_level(number: int) -> LogLevel:
+    """Translate a level of the wire."""
+    names: dict[int, LogLevel] = {wire: name for name, wire in WIRE_LEVELS.items()}
+    if number == pb.LOG_LEVEL_UNSPECIFIED:
+        raise invalid_argument("level", "must be set")
+    if number not in names:
+        raise invalid_argument("level", f"{number} is no log level")
+    return names[number]
 
 
 def _split(request: pb.SetKernelModeRequest, ready: EngineReady) -> Split | None:
@@ -170,13 +208,12 @@ def _guard(routing: Routing) -> pb.ShadowGuard:
 
 def _log_switch(what: str, reply: KernelModeReply, split: Split | None) -> None:
     shares = () if split is None else split.shares
-    log.info(
-        "%s: previous=%s current=%s split=%s slice_seconds=%s generation=%d applied_at_step=%d",
-        what,
-        reply.previous,
-        reply.current,
-        ",".join(f"{share.mode}:{share.percent}" for share in shares) or "none",
-        "none" if split is None or split.slice_seconds is None else f"{split.slice_seconds:g}",
-        reply.generation,
-        reply.applied_at_step,
-    )
+    change = {
+        "previous": reply.previous,
+        "current": reply.current,
+        "split": ",".join(f"{share.mode}:{share.percent}" for share in shares) or "none",
+        "slice_seconds": "none" if split is None or split.slice_seconds is None else split.slice_seconds,
+        "generation": reply.generation,
+        "applied_at_step": reply.applied_at_step,
+    }
+    log.info(what, extra=change)

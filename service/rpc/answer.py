@@ -32,6 +32,8 @@ REASONS = {
     "cancelled": pb.FINISH_REASON_CANCELLED,
     "time_limit": pb.FINISH_REASON_TIME_LIMIT,
 }
+COMPLETE: frozenset[EndReason] = frozenset({"stop", "eos", "length", "context"})
+"""Why a request ends with its last token."""
 WIRE_PATHS = {
     "": kernel_pb2.KERNEL_PATH_UNSPECIFIED,
     "unfused": kernel_pb2.KERNEL_PATH_UNFUSED,
@@ -120,7 +122,7 @@ class Answer:
             started=pb.Started(
                 request_id=self.request.request_id,
                 prompt_tokens=len(self.request.prompt_ids),
-                cached_tokens=self._cached_tokens,
+                cached_tokens=self.cached_tokens,
             )
         )
         if self._options.echo:
@@ -172,7 +174,7 @@ class Answer:
                 usage=pb.Usage(
                     prompt_tokens=len(self.request.prompt_ids),
                     completion_tokens=self.completion_tokens,
-                    cached_tokens=self._cached_tokens,
+                    cached_tokens=self.cached_tokens,
                 ),
                 timings=pb.PhaseTimings(
                     queue_seconds=queue or 0.0,
@@ -192,8 +194,8 @@ class Answer:
             queue_seconds=self._queue_seconds,
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
-            total_seconds=time.monotonic() - self.request.arrival,
-            preempted_seconds=self.ended.preempted_seconds if self.ended is not None else 0.0,
+            total_seconds=self._end_time(reason) - self.request.arrival,
+            preempted_seconds=self._preempted_seconds,
             completion_tokens=self.completion_tokens,
         )
 
@@ -203,8 +205,21 @@ class Answer:
         return str(ended.stop_id) if ended.reason == "stop" and ended.stop_id is not None else ""
 
     @property
-    def _cached_tokens(self) -> int:
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt whose KV was found in the prefix cache, as far as is known."""
         return self._scheduled.cached_tokens if self._scheduled is not None else 0
+
+    def _end_time(self, reason: EndReason) -> float:
+        """When the last token came, if that ended the request; now, if something else did."""
+        is_complete = reason in COMPLETE and self.completion_tokens > 0
+        return self._last_token_time if is_complete else time.monotonic()
+
+    @property
+    def _preempted_seconds(self) -> float:
+        """How long it waited to be recomputed within its phases; what came after a stop is in none."""
+        if self.ended is None or self._scheduled is None or not self.completion_tokens:
+            return 0.0
+        return min(self.ended.preempted_seconds, self._last_token_time - self._scheduled.time)
 
     @property
     def _queue_seconds(self) -> float | None:

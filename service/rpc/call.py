@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import grpc
 
+from fusewire.service.tracing import CallSpan
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -16,6 +18,8 @@ class Call:
     caller: str
     """Who calls: a digest of the credential, the same for every call with it; "" without one."""
     context: grpc.aio.ServicerContext
+    span: CallSpan | None = None
+    """Where its requests go in a trace; None without tracing."""
 
     @property
     def is_overdue(self) -> bool:

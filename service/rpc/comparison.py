@@ -45,6 +45,8 @@ class _Side:
 
     request: AddRequest
     """As every run asks it, but for its id and arrival."""
+    name: str
+    """"left" or "right"."""
     mode: KernelMode
     client_request_id: str
     token_ids: list[int] = field(default_factory=list)
@@ -106,14 +108,21 @@ class Comparison:
             prompt_ids = await validation.encode_prompt_aside(request, serving.tokenizer)
             add = validation.compared_request(request, prompt_ids, ready, name, self._call)
         assert add.kernel_mode is not None  # the check has seen to it
-        return _Side(add, add.kernel_mode, request.client_request_id)
+        return _Side(add, name, add.kernel_mode, request.client_request_id)
 
     # ---- runs ----
 
     def _run(self, side: _Side, live: LiveRequest, options: AnswerOptions) -> Run:
         request = msgspec.structs.replace(side.request, request_id=live.request_id, arrival=live.arrival)
         answer = Answer(request, options, self._serving.tokenizer)
-        return Run(self._serving, live, answer, side.client_request_id)
+        span = None
+        if self._call.span is not None:
+            told: dict[str, str | bool] = {
+                "fusewire.compare.side": side.name,
+                "fusewire.compare.is_timed": options is UNSEEN,
+            }
+            span = self._call.span.run(f"run {side.name}", told)
+        return Run(self._serving, live, answer, side.client_request_id, span)
 
     async def _run_both(
         self, sides: Sequence[_Side], lives: Sequence[LiveRequest]

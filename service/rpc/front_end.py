@@ -14,7 +14,7 @@ from fusewire.service.config import ServeConfig
 from fusewire.service.rpc import reflection
 from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.generation import GenerationService
-from fusewire.service.rpc.handlers import Gate, generic_handler
+from fusewire.service.rpc.handlers import Gate, UnknownMethods, generic_handler
 from fusewire.service.rpc.model import ModelService
 from fusewire.service.rpc.serving import Serving
 from fusewire.v1 import admin_pb2, generation_pb2, model_pb2
@@ -98,7 +98,13 @@ class FrontEnd:
         gate = Gate(BearerTokens.load(token_file) if token_file else None)
         described = reflection.Reflection([*services, HEALTH])
         handlers = [
-            generic_handler(service, implementation, gate, self._serving.metrics.rpc)
+            generic_handler(
+                service,
+                implementation,
+                gate,
+                self._serving.metrics.rpc,
+                tracer=self._serving.tracer if service in services else None,  # no probes
+            )
             for service, implementation in {
                 **services,
                 HEALTH: self._serving.health,
@@ -108,6 +114,7 @@ class FrontEnd:
         handlers.append(
             generic_handler(reflection.SERVICE, described, gate, self._serving.metrics.rpc, reflection.V1)
         )
+        handlers.append(UnknownMethods(self._serving.metrics.rpc))  # the last one is asked last
         options = (
             *CHANNEL_OPTIONS,
             ("grpc.so_reuseport", int(shared)),

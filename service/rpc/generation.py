@@ -56,7 +56,7 @@ class GenerationService:
         serving = self._serving
         with serving.admitted(call.caller, call.arrival) as live:
             answer = await self._prepare(request, live, call)
-            with Run(serving, live, answer, request.client_request_id) as run:
+            with Run(serving, live, answer, request.client_request_id, call.span) as run:
                 await call.send_request_id(live.request_id)
                 while not run.has_ended:
                     for response in await run.take():

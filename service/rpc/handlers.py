@@ -2,8 +2,9 @@
 
 gRPC hands over raw bytes and gets raw bytes back, so that nothing fails outside of the wrapper here:
 it checks the credential, parses, counts, and turns what an RPC raises into a status. An unexpected
-exception is logged and becomes INTERNAL with a fixed text. Knows no RPC in particular: which ones
-there are, it reads from the service's descriptor.
+exception is logged and becomes INTERNAL with a fixed text. What gRPC ends before it has a request, for
+one a message beyond the limit, comes to no handler and is not counted. Knows no RPC in particular:
+which ones there are, it reads from the service's descriptor.
 """
 
 import asyncio
@@ -24,10 +25,13 @@ from fusewire.service.engine_client import EngineUnavailable
 from fusewire.service.metrics import MethodMetrics, RpcMetrics
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, unavailable
+from fusewire.service.tracing import CallSpan, Tracer
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+COUNT_SECONDS = 0.1
+"""How long messages of a stream may wait to be counted."""
 OPEN_METHODS = frozenset({"grpc.health.v1.Health.Check"})
 """What needs no credential: load balancers and orchestrators have none."""
 
@@ -56,7 +60,12 @@ class Gate:
 
 
 def generic_handler(
-    service: ServiceDescriptor, implementation: object, gate: Gate, metrics: RpcMetrics, name: str = ""
+    service: ServiceDescriptor,
+    implementation: object,
+    gate: Gate,
+    metrics: RpcMetrics,
+    name: str = "",
+    tracer: Tracer | None = None,
 ) -> grpc.GenericRpcHandler:
     """Wrap every RPC of a service.
 
@@ -68,13 +77,39 @@ def generic_handler(
         gate: whom to let in.
         metrics: where to count.
         name: to serve it under another name than the descriptor's.
+        tracer: makes a span of every call; None for no tracing.
     """
     name = name or service.full_name
     handlers = {
-        method.name: _Endpoint(method, getattr(implementation, method.name), gate, metrics, name).handler()
+        method.name: _Endpoint(
+            method, getattr(implementation, method.name), gate, metrics, name, tracer
+        ).handler()
         for method in service.methods
     }
     return grpc.method_handlers_generic_handler(name, handlers)
+
+
+class UnknownMethods(grpc.GenericRpcHandler):
+    """Answers what no service of a port has: as gRPC would, but counted, under one name whatever it is.
+
+    Args:
+        metrics: where to count.
+    """
+
+    def __init__(self, metrics: RpcMetrics) -> None:
+        self._metrics = metrics.method("bidi_stream", "unknown", "unknown")
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """Return what refuses a call, of whichever kind the client takes it for."""
+        return grpc.stream_stream_rpc_method_handler(self._refuse)
+
+    async def _refuse(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        arrival = time.monotonic()
+        self._metrics.started.inc()
+        try:
+            await _abort(context, StatusError(grpc.StatusCode.UNIMPLEMENTED, "Method not found!"))
+        finally:
+            self._metrics.observe_handled("UNIMPLEMENTED", time.monotonic() - arrival)
 
 
 class _Endpoint:
@@ -87,14 +122,19 @@ class _Endpoint:
         gate: Gate,
         metrics: RpcMetrics,
         service: str,
+        tracer: Tracer | None,
     ) -> None:
         self._method = method
+        self._service = service
+        self._tracer = tracer
         self._answer = answer
         self._gate = None if method.full_name in OPEN_METHODS else gate
         self._request_class = message_factory.GetMessageClass(method.input_type)
         kinds = {(False, False): "unary", (False, True): "server_stream", (True, True): "bidi_stream"}
         kind = kinds[method.client_streaming, method.server_streaming]
         self._metrics: MethodMetrics = metrics.method(kind, service, method.name)
+        self._sent = 0
+        """Messages of streams that are not counted yet."""
 
     def handler(self) -> grpc.RpcMethodHandler:
         """Return what gRPC calls, for this RPC's kind."""
@@ -129,7 +169,18 @@ class _Endpoint:
         async with aclosing(responses) as open_responses:  # type: ignore[type-var]
             async for response in open_responses:
                 await context.write(response.SerializeToString())
-                self._metrics.sent.inc()
+                self._note_sent()
+
+    def _note_sent(self) -> None:
+        """Count a message soon: one by one it would cost a stream of tokens more than all other metrics."""
+        if not self._sent:
+            asyncio.get_running_loop().call_later(COUNT_SECONDS, self._count_sent)
+        self._sent += 1
+
+    def _count_sent(self) -> None:
+        sent, self._sent = self._sent, 0
+        if sent:
+            self._metrics.sent.inc(sent)
 
     def _parse(self, body: bytes) -> Message:
         self._metrics.received.inc()
@@ -147,10 +198,11 @@ class _Endpoint:
     ) -> Answer:
         """Answer a call, count it, and end it with a status if the answer fails."""
         arrival = time.monotonic()
+        span = self._begin_span(context, arrival) if self._tracer is not None else None
         self._metrics.started.inc()
         code = grpc.StatusCode.OK
         try:
-            return await answer(self._open(context, arrival))
+            return await answer(self._open(context, arrival, span))
         except (asyncio.CancelledError, grpc.aio.InternalError):  # the latter: nothing can be sent any more
             overdue = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED
@@ -160,15 +212,24 @@ class _Endpoint:
             code = failure.code
             await _abort(context, failure)
         finally:
+            self._count_sent()
             self._metrics.observe_handled(code.name, time.monotonic() - arrival)
+            if span is not None:
+                span.end(code)
 
-    def _open(self, context: grpc.aio.ServicerContext, arrival: float) -> Call:
+    def _begin_span(self, context: grpc.aio.ServicerContext, arrival: float) -> CallSpan:
+        assert self._tracer is not None
+        metadata = context.invocation_metadata() or ()
+        return self._tracer.begin_call(self._service, self._method.name, metadata, arrival)
+
+    def _open(self, context: grpc.aio.ServicerContext, arrival: float, span: CallSpan | None) -> Call:
         remaining = context.time_remaining()
         return Call(
             arrival=arrival,
             deadline=None if remaining is None else arrival + remaining,
             caller=self._gate.identify(context) if self._gate is not None else "",
             context=context,
+            span=span,
         )
 
     def _status_of(self, error: Exception) -> StatusError:

@@ -5,7 +5,6 @@ which RPC asked nor what becomes of the answer.
 """
 
 import asyncio
-import json
 import logging
 from types import TracebackType
 from typing import Self
@@ -14,10 +13,13 @@ import grpc
 
 from fusewire.service.engine_client import RequestEvents
 from fusewire.service.messages import EndReason
+from fusewire.service.metrics import RequestAccount
+from fusewire.service.request_record import RequestRecord
 from fusewire.service.rpc.answer import Answer
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
 from fusewire.service.rpc.serving import LiveRequest, Serving
+from fusewire.service.tracing import RequestSpan
 from fusewire.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -31,18 +33,25 @@ class Run:
         live: its admission, which outlives the block.
         answer: takes in what the engine says.
         client_request_id: what the client calls the request, for the log.
+        span: where the request goes in a trace; None without tracing.
 
     Raises:
         EngineUnavailable: on entering, if the engine is not ready.
     """
 
     def __init__(
-        self, serving: Serving, live: LiveRequest, answer: Answer, client_request_id: str = ""
+        self,
+        serving: Serving,
+        live: LiveRequest,
+        answer: Answer,
+        client_request_id: str = "",
+        span: RequestSpan | None = None,
     ) -> None:
         self.answer = answer
         self._serving = serving
         self._live = live
         self._client_request_id = client_request_id
+        self._span = span
         self._events: RequestEvents
         self._waits = True
         self._stop_sent = False
@@ -62,8 +71,9 @@ class Run:
             self._serving.engine.finish(self._live.request_id, "cancelled")
             has_left = isinstance(error, asyncio.CancelledError | GeneratorExit)
             reason = "cancelled" if has_left else self._cut_short
-        self._serving.metrics.observe_finished(answer.account(reason))
-        self._log_end(reason)
+        account = answer.account(reason)
+        self._serving.metrics.observe_finished(account)
+        self._tell_end(account)
 
     @property
     def has_ended(self) -> bool:
@@ -102,13 +112,34 @@ class Run:
             raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed")
         return self.answer.finished()
 
-    def _log_end(self, reason: EndReason) -> None:
-        log.info(
-            "request ended: request_id=%s client_request_id=%s reason=%s "
-            "prompt_tokens=%d completion_tokens=%d",
-            self._live.request_id,
-            json.dumps(self._client_request_id),  # quoted, so that it cannot forge a line
-            reason,
-            len(self.answer.request.prompt_ids),
-            self.answer.completion_tokens,
+    def _tell_end(self, account: RequestAccount) -> None:
+        """Say in the log, and in the trace, what the request was."""
+        if self._span is None and not log.isEnabledFor(logging.INFO):
+            return
+        answer, ended = self.answer, self.answer.ended
+        record = RequestRecord(
+            request_id=self._live.request_id,
+            client_request_id=self._client_request_id,
+            finish_reason=account.reason,
+            arrival=answer.request.arrival,
+            prompt_tokens=len(answer.request.prompt_ids),
+            completion_tokens=account.completion_tokens,
+            cached_tokens=answer.cached_tokens,
+            queue_seconds=account.queue_seconds,
+            prefill_seconds=account.prefill_seconds,
+            decode_seconds=account.decode_seconds,
+            total_seconds=account.total_seconds,
+            preempted_seconds=account.preempted_seconds,
         )
+        if ended is not None:
+            record = record._replace(
+                prefill_path=ended.prefill_path,
+                decode_path=ended.decode_path,
+                prefill_backend=ended.prefill_backend,
+                decode_backend=ended.decode_backend,
+            )
+        fields = record.fields()
+        if self._span is not None:
+            self._span.record(record)
+            fields = {**fields, "trace_id": self._span.trace_id}
+        log.info("request ended", extra=fields)

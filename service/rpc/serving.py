@@ -18,12 +18,14 @@ import grpc
 
 from fusewire.service.config import ServeConfig
 from fusewire.service.engine_client import EngineClient
+from fusewire.service.logs import LogLevel, set_level
 from fusewire.service.messages import EngineReady, Routing, StepReport
 from fusewire.service.metrics import Metrics, RequestMetrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
 from fusewire.service.rpc.validation import quote
 from fusewire.service.tokenizer import Tokenizer
+from fusewire.service.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class Serving:
         on_engine: called with the engine's description when it becomes usable and None when it goes.
         on_routing: called with what holds whenever another default path does.
         metrics: where to count; unset for a server of one process, which makes all metrics.
+        on_log_level: called with the level when another one is asked for, to tell other processes.
+        tracer: makes spans; None for no tracing.
     """
 
     def __init__(
@@ -76,12 +80,16 @@ class Serving:
         on_engine: Callable[[EngineReady | None], None] = lambda ready: None,
         on_routing: Callable[[Routing], None] = lambda routing: None,
         metrics: RequestMetrics | None = None,
+        on_log_level: Callable[[LogLevel], None] = lambda level: None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.config = config
         self.model_name = model_name
         self.engine = EngineClient(socket_path, self._take_report, self._take_state, self._take_routing)
         self.health = Health(services)
         self.metrics = metrics or Metrics(model_name, self.oldest_waiting)
+        self.tracer = tracer
+        self.log_level: LogLevel = config.log_level
         self.load = Load()
         self.draining = False
         self.started = time.monotonic()
@@ -89,6 +97,7 @@ class Serving:
         self._tokenizer: Tokenizer | None = None
         self._is_loaded = False
         self._on_routing = on_routing
+        self._on_log_level = on_log_level
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
         self._fewer = asyncio.Event()
@@ -237,6 +246,14 @@ class Serving:
             f"the shadow guard left {guard.left_mode} for unfused: relative error "
             f"{guard.relative_error:.3g}, threshold {guard.threshold:.3g}"
         ]
+
+    # ---- the log ----
+
+    def set_log_level(self, level: LogLevel) -> None:
+        """Log from this severity up, in this process and in those that belong to it."""
+        self.log_level = level
+        set_level(level)
+        self._on_log_level(level)
 
     # ---- the way down ----
 

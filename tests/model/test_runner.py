@@ -1,5 +1,6 @@
 """The runner: options, sizes and errors, and greedy generation against transformers."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,51 @@ def test_rows_that_sample_nothing_answer_none(checkpoint: Checkpoint) -> None:
     assert second.logprob == pytest.approx(expected.max().item(), abs=1e-5)
     assert len(second.top) == 2
     assert runner.run(Step(KernelMode.UNFUSED, rows[:1], seated[:1])) == [None]
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_step_s_device_time_leaves_out_what_the_host_does_before_and_after(
+    checkpoint: Checkpoint, samples: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(checkpoint.folder)
+    step = one_row([1, 2, 3])
+    step = Step(step.mode, [Row(0, 0, 3, samples=samples)], step.seatings)
+    runner.run(step)
+    load = runner._inputs.load
+
+    def load_slowly(*arguments: object) -> object:
+        time.sleep(0.05)
+        return load(*arguments)
+
+    monkeypatch.setattr(runner._inputs, "load", load_slowly)
+    started = time.monotonic()
+    launched = [runner.launch(step) for _ in range(2)]
+    time.sleep(0.05)
+    for each in launched:
+        runner.collect(each)
+    wall = time.monotonic() - started
+    device = [runner.device_seconds(each) for each in launched]
+    assert min(device) > 0
+    assert sum(device) <= wall - 0.15
+    assert runner.collect(launched[0]) is not None, "it can be collected again, and tells the same"
+    assert runner.device_seconds(launched[0]) == device[0]
+
+
+@pytest.mark.gpu
+def test_cuda_events_time_a_step_within_what_the_host_waits_for_it(checkpoint: Checkpoint) -> None:
+    runner = make_runner(checkpoint.folder, device="cuda")
+    step = one_row([1, 2, 3])
+    for _ in range(3):
+        runner.run(step)
+    started = time.monotonic()
+    launched = [runner.launch(step) for _ in range(2)]
+    time.sleep(0.05)
+    for each in launched:
+        runner.collect(each)
+    wall = time.monotonic() - started
+    device = [runner.device_seconds(each) for each in launched]
+    assert min(device) > 0
+    assert sum(device) <= wall - 0.05
 
 
 def test_a_block_that_a_row_is_the_first_to_use_enters_the_table(checkpoint: Checkpoint) -> None:

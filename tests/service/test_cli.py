@@ -32,6 +32,10 @@ COMMANDS = [
     "mode set",
     "mode rearm",
     "health",
+    "top",
+    "log-level",
+    "log-level get",
+    "log-level set",
     "drain",
     "bench",
     "bench kernels",
@@ -94,7 +98,7 @@ def test_help_has_a_description_and_the_exit_status(fusewire, command: str) -> N
 
 
 def test_help_lists_the_commands_of_this_release_and_no_other(fusewire) -> None:
-    listed = re.findall(r"^    (\w+) ", fusewire("--help").out, re.MULTILINE)
+    listed = re.findall(r"^    ([\w-]+) ", fusewire("--help").out, re.MULTILINE)
     assert listed == [command for command in COMMANDS if " " not in command]
 
 
@@ -114,7 +118,7 @@ def test_the_version_is_the_packages(fusewire) -> None:
 
 
 def test_the_installed_command_starts_without_what_only_the_engine_needs() -> None:
-    modules = "cli, commands, demo, server"
+    modules = "cli, commands, demo, server, top"
     check = (
         f"import sys; from fusewire.service import {modules}\n"
         "print([name for name in ('torch', 'transformers', 'triton') if name in sys.modules])"
@@ -331,6 +335,8 @@ def test_input_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, cap
         "mode get",
         "mode set fused",
         "mode rearm",
+        "log-level get",
+        "log-level set debug",
         "drain",
         "health",
     ],
@@ -544,6 +550,17 @@ def test_mode_set(fusewire, server: FakeServer) -> None:
         "applied_at_step": 41,
     }
     assert server.requests[-1].HasField("expected_generation")
+
+
+def test_log_level(fusewire, server: FakeServer) -> None:
+    assert fusewire("log-level", "get", "--target", server.target).out == "info\n"
+    outcome = fusewire("log-level", "get", "--json", "--target", server.target)
+    assert json.loads(outcome.out) == {"level": "info"}
+    assert fusewire("log-level", "set", "debug", "--target", server.target).out == "info -> debug\n"
+    assert server.requests[-1].level == admin_pb2.LOG_LEVEL_DEBUG
+    outcome = fusewire("log-level", "set", "error", "--json", "--target", server.target)
+    assert json.loads(outcome.out) == {"previous": "info", "current": "error"}
+    assert fusewire("log-level", "set", "loud", "--target", server.target).status == 2
 
 
 def test_drain(fusewire, server: FakeServer) -> None:

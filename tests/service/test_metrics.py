@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ from fusewire.service.messages import (
     StepReport,
     Token,
 )
-from fusewire.service.metrics import CODES, Metrics, RequestAccount, Scrape
+from fusewire.service.metrics import CODES, REJECTIONS, Metrics, RequestAccount
+from fusewire.service.shared_metrics import Scrape
 from tests.tools.front_end_rig import describe
 
 REQUEST_HISTOGRAMS = [
@@ -102,8 +104,9 @@ def test_every_metric_is_there_at_zero_before_anything_happens() -> None:
         family = found[f"fusewire_{name}"]
         assert family.type == kind
         assert [sample.value for sample in family.samples] == [0]
-    steps = labels(found["fusewire_engine_step_duration_seconds"], "_count")
-    assert steps == {(mode, phase) for mode in KernelMode for phase in get_args(Phase)}
+    for name in ("fusewire_engine_step_duration_seconds", "fusewire_engine_step_device_seconds"):
+        steps = labels(found[name], "_count")
+        assert steps == {(mode, phase) for mode in KernelMode for phase in get_args(Phase)}
     kernels = labels(found["fusewire_qk_norm_kernel_duration_seconds"], "_count")
     assert kernels == {(mode, phase) for mode in KernelMode for phase in get_args(RowPhase)}
     assert labels(found["fusewire_shadow_checks"]) == {("passed",), ("failed",)}
@@ -199,6 +202,44 @@ def test_a_step_is_seen_in_its_phase_and_mode_and_in_the_load() -> None:
     assert value(metrics, "last_step_timestamp_seconds") >= before
 
 
+def test_device_time_is_seen_where_it_is_known() -> None:
+    metrics = Metrics("m")
+    metrics.observe_step(report([], device_seconds=0.0035))
+    metrics.observe_step(report([]))
+    kind = {"phase": "decode", "kernel_mode": "fused"}
+    assert value(metrics, "engine_step_device_seconds_count", **kind) == 1
+    assert value(metrics, "engine_step_device_seconds_sum", **kind) == 0.0035
+    assert value(metrics, "engine_step_duration_seconds_count", **kind) == 2
+
+
+def test_only_a_server_with_a_certificate_says_when_it_expires() -> None:
+    metrics = Metrics("m")
+    assert value(metrics, "tls_certificate_not_after_timestamp_seconds") is None
+    metrics.observe_certificate(2e9)
+    assert value(metrics, "tls_certificate_not_after_timestamp_seconds") == 2e9
+
+
+def test_ten_thousand_requests_leave_no_more_series_than_ten() -> None:
+    metrics = Metrics("m")
+    metrics.observe_engine(describe())
+    source, counts = random.Random(0), {}
+    for number in range(10_000):
+        name = f"{source.getrandbits(128):032x}"
+        mode, reason = source.choice(list(KernelMode)), source.choice(get_args(EndReason))
+        events = [
+            Scheduled(name, 1.0, 1, 2),
+            Token(name, number, 2.0),
+            Token(name, 7, 3.0),
+            Ended(name, reason),
+        ]
+        metrics.observe_step(report(events, kernel_mode=mode, phase=source.choice(get_args(Phase))))
+        metrics.observe_finished(RequestAccount(reason, source.choice([*PATHS]), 1, 2, 3, 6, 0, 2))
+        metrics.observe_rejected(source.choice(REJECTIONS))
+        if number + 1 in (10, 10_000):
+            counts[number + 1] = sum(len(family.samples) for family in metrics.registry.collect())
+    assert counts[10_000] == counts[10]
+
+
 def test_gaps_between_tokens_are_those_of_each_request() -> None:
     metrics = Metrics("m")
     metrics.observe_step(report([Scheduled("a", 0.5), Token("a", 7, 1.0)]))
@@ -290,21 +331,26 @@ def test_the_age_of_the_oldest_waiting_request_grows_between_scrapes() -> None:
 
 
 def test_many_values_at_once_count_like_one_by_one() -> None:
-    gaps = [0.0004, 0.0005, 0.0006, 0.0006, 0.004, 9.0]
     together, apart = Metrics("m"), Metrics("m")
-    times = [sum(gaps[:count]) for count in range(len(gaps) + 1)]
-    tokens = [Token("a", 7, at) for at in times]
-    together.observe_step(report(list(tokens)))
-    for token in tokens:
-        apart.observe_step(report([token]))
+    gaps = [2**-12, 2**-11, 2**-11, 2**-9, 2**-8, 8.0]  # so that differences are exact
+    starts = {str(number): 9.0 - gap for number, gap in enumerate(gaps)}
+    for name, at in starts.items():
+        together.observe_step(report([Token(name, 7, at)]))
+    together.observe_step(report([Token(name, 7, 9.0) for name in starts]))
+    for name, at in starts.items():
+        apart.observe_step(report([Token(name, 7, at)]))
+        apart.observe_step(report([Token(name, 7, 9.0)]))
+        apart.observe_step(report([Ended(name, "eos")]))
     name = "fusewire_inter_token_latency_seconds"
-    assert families(together)[name].samples == families(apart)[name].samples
+    for one, other in zip(families(together)[name].samples, families(apart)[name].samples, strict=True):
+        assert (one.name, one.labels) == (other.name, other.labels)
+        assert one.value == pytest.approx(other.value)
     buckets = {
         sample.labels["le"]: sample.value
         for sample in families(together)[name].samples
         if sample.name.endswith("_bucket") and sample.labels["kernel_mode"] == "fused"
     }
-    assert (buckets["0.0005"], buckets["0.001"], buckets["0.005"], buckets["+Inf"]) == (2, 4, 5, 6)
+    assert (buckets["0.0005"], buckets["0.002"], buckets["0.005"], buckets["+Inf"]) == (3, 4, 5, 6)
 
 
 WORKER = """
@@ -315,9 +361,50 @@ from fusewire.kernels.modes import KernelMode
 metrics = RequestMetrics("m")
 metrics.observe_rejected("draining")
 metrics.rpc.method("unary", "s", "m").observe_handled("OK", 0.5)
-events = [Token("a", 7, at) for at in (1.0, 1.25)]
-metrics.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1.0, 0, 2, 1, 1, 0.5, 3, events))
+for at in (1.0, 1.25):
+    events = [Token("a", 7, at)]
+    metrics.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1.0, 0, 2, 1, 1, 0.5, 3, events))
 """
+
+
+GROWING_WORKER = """
+import sys
+from fusewire.service.metrics import RequestMetrics
+metrics = RequestMetrics("m")
+for number in range(600):
+    metrics.rpc.method("unary", "s", f"m{number}").started.inc()
+    if number in (0, 1, 599):
+        print(flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_a_scrape_follows_a_worker_whose_file_grows(tmp_path: Path) -> None:
+    own = Metrics("m")
+    registry = CollectorRegistry()
+    registry.register(Scrape(own.registry, tmp_path))
+    assert registry.get_sample_value("fusewire_preemptions_total") == 0
+    process = subprocess.Popen(
+        [sys.executable, "-c", GROWING_WORKER],
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for number in (1, 2, 600):
+        process.stdout.readline()
+        own.rpc.method("unary", "s", "m0").started.inc()
+        found = {family.name: family for family in registry.collect()}["grpc_server_started"]
+        values = {sample.labels["grpc_method"]: sample.value for sample in found.samples}
+        assert len(values) == number
+        assert sum(values.values()) == number + {1: 1, 2: 2, 600: 3}[number]
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    process.communicate()
+    text = generate_latest(registry).decode()
+    parsed = {family.name for family in text_string_to_metric_families(text)}
+    assert "grpc_server_handling_seconds" in parsed
 
 
 def test_a_scrape_adds_up_what_workers_count_and_nothing_twice(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,3 +107,23 @@ def test_an_engine_that_never_gets_ready_ends_the_server(
     monkeypatch.setattr("fusewire.service.supervisor.sys.executable", "/bin/false")
     assert asyncio.run(body()) == 1
     assert f"has ended {server_module.MAX_STARTS} times before it was ready" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates with")
+@pytest.mark.parametrize("front_ends", [1, 2])
+def test_with_tls_the_metrics_tell_when_the_certificate_expires(
+    tmp_path: Path, front_ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module.Server, "_load", lambda self: asyncio.sleep(0))  # no engine is needed
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN=localhost"
+    subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+
+    async def body() -> set[str]:
+        server = Server(config(tls_cert=str(certificate), tls_key=str(key), frontends=front_ends))
+        await server.start()
+        names = await asyncio.to_thread(scrape, server.metrics_port)
+        await server.stop(0)
+        return names
+
+    assert "fusewire_tls_certificate_not_after_timestamp_seconds" in asyncio.run(body())

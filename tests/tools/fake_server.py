@@ -210,6 +210,14 @@ class FakeServer(
             applied_at_step=43,
         )
 
+    def GetLogLevel(self, request, context):  # noqa: N802
+        self._note(request, context)
+        return admin_pb2.GetLogLevelResponse(level=admin_pb2.LOG_LEVEL_INFO)
+
+    def SetLogLevel(self, request, context):  # noqa: N802
+        self._note(request, context)
+        return admin_pb2.SetLogLevelResponse(previous=admin_pb2.LOG_LEVEL_INFO, current=request.level)
+
     def Drain(self, request, context):  # noqa: N802
         self._note(request, context)
         return admin_pb2.DrainResponse(finished_requests=4, ended_requests=1)

@@ -27,6 +27,7 @@ from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo
 from fusewire.service.rpc.front_end import SERVICE_NAMES, FrontEnd
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.tokenizer import Tokenizer
+from fusewire.service.tracing import Tracer
 from fusewire.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 MODEL_NAME = "scripted"
@@ -136,16 +137,19 @@ class LocalEngine:
 class Rig:
     """A front end under test, its engine and a client's channel to each port."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, tracer: Tracer | None = None, **config: Any) -> None:
         self.socket_path = folder / "engine.sock"
         self.config = ServeConfig(port=0, admin_port=0, metrics_port=0, **config)
         self.routings: list[Routing] = []
+        self.log_levels: list[str] = []
         self.serving = Serving(
             self.config,
             MODEL_NAME,
             self.socket_path,
             SERVICE_NAMES,
             on_routing=self.routings.append,
+            on_log_level=self.log_levels.append,
+            tracer=tracer,
         )
         self.front_end = FrontEnd(self.config, self.serving)
         self.engine: LocalEngine | None = None

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service.logs import TextFormatter
 from fusewire.service.messages import Routing
 from fusewire.v1 import admin_pb2 as pb
 from fusewire.v1 import generation_pb2
@@ -52,6 +53,11 @@ async def mode(server: Rig) -> pb.GetKernelModeResponse:
     return await server.admin.GetKernelMode(pb.GetKernelModeRequest(), timeout=5)
 
 
+def lines(caplog: pytest.LogCaptureFixture) -> str:
+    formatter = TextFormatter("%(message)s")
+    return "\n".join(formatter.format(record) for record in caplog.records)
+
+
 def sample(server: Rig, name: str, **labels: str) -> float | None:
     return server.serving.metrics.registry.get_sample_value(f"fusewire_kernel_mode_{name}", labels)
 
@@ -78,7 +84,7 @@ def test_the_mode_changes_with_its_generation_log_line_and_metrics(
     with caplog.at_level(logging.INFO, "fusewire.service.rpc.admin"):
         run(tmp_path, body)
     switched = "previous=fused current=unfused split=none slice_seconds=none generation=2 applied_at_step="
-    assert switched in caplog.text
+    assert switched in lines(caplog)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_a_split_is_told_and_ended(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     with caplog.at_level(logging.INFO, "fusewire.service.rpc.admin"):
         run(tmp_path, body)
-    assert "split=fused:50,unfused:50 slice_seconds=10 generation=3" in caplog.text
+    assert "split=fused:50,unfused:50 slice_seconds=10 generation=3" in lines(caplog)
 
 
 def test_a_guard_that_has_not_fallen_back_cannot_be_rearmed(tmp_path: Path) -> None:
@@ -176,6 +182,45 @@ def test_a_drain_answers_when_nothing_runs_and_the_server_stays_up(tmp_path: Pat
         assert (await mode(server)).mode == KERNEL_MODE_FUSED
         again = await server.admin.Drain(pb.DrainRequest(), timeout=10)
         assert (again.finished_requests, again.ended_requests) == (0, 0)
+
+    run(tmp_path, body)
+
+
+def test_the_log_level_changes_in_this_process_and_is_passed_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)  # and so the root logger's level is restored in the end
+
+    async def body(server: Rig) -> None:
+        async def set_level(level: pb.LogLevel) -> pb.SetLogLevelResponse:
+            return await server.admin.SetLogLevel(pb.SetLogLevelRequest(level=level), timeout=5)
+
+        assert (await server.admin.GetLogLevel(pb.GetLogLevelRequest(), timeout=5)).level == pb.LOG_LEVEL_INFO
+        changed = await set_level(pb.LOG_LEVEL_ERROR)
+        assert (changed.previous, changed.current) == (pb.LOG_LEVEL_INFO, pb.LOG_LEVEL_ERROR)
+        await server.generation.Generate(generation_pb2.GenerateRequest(text="quiet"), timeout=20)
+        assert (
+            await server.admin.GetLogLevel(pb.GetLogLevelRequest(), timeout=5)
+        ).level == pb.LOG_LEVEL_ERROR
+        await set_level(pb.LOG_LEVEL_INFO)
+        await server.generation.Generate(generation_pb2.GenerateRequest(text="told"), timeout=20)
+        assert server.log_levels == ["error", "info"]
+
+    run(tmp_path, body)
+    told = lines(caplog)
+    assert told.count("request ended") == 1
+    assert "log level set: previous=info current=error" in told
+    assert "log level set: previous=error current=info" in told
+
+
+@pytest.mark.parametrize("level", [pb.LOG_LEVEL_UNSPECIFIED, 9])
+def test_a_log_level_that_is_none_changes_nothing(tmp_path: Path, level: int) -> None:
+    async def body(server: Rig) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.admin.SetLogLevel(pb.SetLogLevelRequest(level=level), timeout=5)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details().startswith("level: ")
+        assert server.log_levels == []
 
     run(tmp_path, body)
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import random
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -16,7 +19,8 @@ from hypothesis import strategies as st
 from fusewire.service.rpc import front_end, reflection
 from fusewire.v1 import admin_pb2, model_pb2
 from fusewire.v1 import generation_pb2 as pb
-from tests.tools.front_end_rig import Rig, rig
+from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED, KERNEL_MODE_UNFUSED
+from tests.tools.front_end_rig import Rig, rig, until
 
 PUBLIC = [front_end.GENERATION, front_end.MODEL, front_end.HEALTH, reflection.SERVICE]
 ADMIN = [front_end.ADMIN, front_end.HEALTH, reflection.SERVICE]
@@ -272,6 +276,139 @@ def test_calls_and_messages_are_counted_by_rpc_and_status(tmp_path: Path) -> Non
             for code in ("OK", "InvalidArgument"):
                 assert count(server, "handled", "Generate", grpc_type="unary", grpc_code=code) == 1
             assert count(server, "handled", "Generate", grpc_type="unary", grpc_code="Internal") == 0
+
+    asyncio.run(body())
+
+
+def every_count(server: Rig, kind: str) -> dict[tuple[str, ...], float]:
+    """What a counter, or the count of a histogram, says of each RPC and code; zeros are left out."""
+    names = ("grpc_service", "grpc_method", "grpc_code")
+    return {
+        tuple(sample.labels[name] for name in names if name in sample.labels): sample.value
+        for family in server.serving.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == f"grpc_server_{kind}" and sample.value
+    }
+
+
+def calls_of(services) -> Counter[tuple[str, ...]]:
+    """Service and method of every RPC."""
+    return Counter(tuple(path.split("/")[1:]) for path, *_ in methods(services))
+
+
+def test_every_rpc_counts_what_it_cannot_parse(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with rig(tmp_path) as server:
+            for channel, services in ((server.channel, PUBLIC), (server.admin_channel, ADMIN)):
+                for method in methods(services):
+                    await call_raw(channel, method, GARBAGE)
+            calls = calls_of(PUBLIC) + calls_of(ADMIN)
+            assert every_count(server, "started_total") == calls
+            assert every_count(server, "msg_received_total") == calls
+            assert every_count(server, "handling_seconds_count") == calls
+            refused = {(*names, "InvalidArgument"): number for names, number in calls.items()}
+            assert every_count(server, "handled_total") == refused
+            assert every_count(server, "msg_sent_total") == {}
+
+    asyncio.run(body())
+
+
+def test_every_rpc_counts_whom_it_refuses_before_it_reads(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with rig(tmp_path, **token_files(tmp_path)) as server:
+            for channel, services in ((server.channel, PUBLIC), (server.admin_channel, ADMIN)):
+                for method in methods(services):
+                    await call_raw(channel, method, GARBAGE, sends=False)
+            calls = calls_of(PUBLIC) + calls_of(ADMIN)
+            check = (front_end.HEALTH.full_name, "Check")
+            assert every_count(server, "started_total") == calls
+            assert every_count(server, "handling_seconds_count") == calls
+            assert every_count(server, "msg_received_total") == {check: 2}
+            assert every_count(server, "handled_total") == {
+                (*names, "InvalidArgument" if names == check else "Unauthenticated"): number
+                for names, number in calls.items()
+            }
+
+    asyncio.run(body())
+
+
+def test_health_and_reflection_count_their_messages(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with rig(tmp_path) as server:
+            health = health_pb2_grpc.HealthStub(server.channel)
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=5)
+            await anext(aiter(watch))
+            watch.cancel()
+            path = next(method for method in methods([reflection.SERVICE]) if "v1alpha" in method[0])
+            await call_raw(server.channel, path, b"\x3a\x00")  # list_services
+            await until(lambda: len(every_count(server, "handled_total")) == 3)
+            service, info = front_end.HEALTH.full_name, reflection.SERVICE.full_name
+            expected = {(service, "Check"): 1, (service, "Watch"): 1, (info, "ServerReflectionInfo"): 1}
+            assert every_count(server, "started_total") == expected
+            assert every_count(server, "msg_received_total") == expected
+            assert every_count(server, "msg_sent_total") == expected
+            codes = {key[1]: key[2] for key in every_count(server, "handled_total")}
+            assert codes["Check"] == "OK"
+            assert codes["Watch"] == "Canceled"
+
+    asyncio.run(body())
+
+
+def test_unknown_rpcs_are_counted_under_one_name(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with rig(tmp_path) as server:
+            before = sum(len(family.samples) for family in server.serving.metrics.registry.collect())
+            for number in range(20):
+                kind = (number % 2 == 1, number % 4 > 1)
+                error = await call_raw(
+                    server.channel, (f"/no.such.Service{number}/M", *kind), b"x", sends=False
+                )
+                assert (error.code(), error.details()) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            unknown = ("unknown", "unknown")
+            assert every_count(server, "started_total") == {unknown: 20}
+            assert every_count(server, "handled_total") == {(*unknown, "Unimplemented"): 20}
+            assert every_count(server, "handling_seconds_count") == {unknown: 20}
+            after = sum(len(family.samples) for family in server.serving.metrics.registry.collect())
+            assert after == before
+
+    asyncio.run(body())
+
+
+def test_clients_make_no_series_whatever_they_send(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with rig(tmp_path) as server:
+            registry, source = server.serving.metrics.registry, random.Random(0)
+
+            async def send(number: int) -> None:
+                name = f"{source.getrandbits(64):x}"
+                request = pb.GenerateRequest(
+                    text="Once",
+                    client_request_id=name,
+                    model=name if number % 3 == 0 else "",
+                    kernel_mode=source.choice([0, KERNEL_MODE_FUSED, KERNEL_MODE_UNFUSED]),
+                )
+                metadata = (("authorization", f"Bearer {name}"), ("x-request-id", name))
+                with suppress(grpc.aio.AioRpcError):
+                    await server.generation.Generate(request, timeout=5, metadata=metadata)
+                with suppress(grpc.aio.AioRpcError):
+                    cancel = pb.CancelGenerationRequest(request_id=name)
+                    await server.generation.CancelGeneration(cancel, timeout=5, metadata=metadata)
+
+            for number in range(10):
+                await send(number)
+            series = {
+                (sample.name, *sample.labels.values())
+                for family in registry.collect()
+                for sample in family.samples
+            }
+            for number in range(60):
+                await send(number)
+            assert series == {
+                (sample.name, *sample.labels.values())
+                for family in registry.collect()
+                for sample in family.samples
+            }
 
     asyncio.run(body())
 

@@ -1,0 +1,142 @@
+"""Serves metrics over HTTP, as Prometheus' text or as OpenMetrics, whichever the scraper asks for.
+
+What a line begins with is made up once and not at every scrape: a scrape of two thousand series takes the
+threads that serve streams a few milliseconds. Knows no metric in particular.
+"""
+
+import gzip
+import socket
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+from typing import ClassVar
+
+from prometheus_client import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
+
+OPENMETRICS = "application/openmetrics-text"
+QUICKLY = 1
+"""gzip's level; higher ones take longer than they save."""
+
+
+class Exposition:
+    """Writes what a collector knows, for any number of threads.
+
+    Samples are told apart by their place and by their labels' identity: a collector that hands out the same
+    dict of labels for a series every time is written fast, any other one correctly.
+
+    Args:
+        collector: of metrics whose names need no escapes.
+    """
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._lock = Lock()
+        self._starts: dict[str, list[tuple[Sample, str]]] = {}
+        """By family, samples as they were first seen, and what their lines begin with."""
+
+    def write(self, *, openmetrics: bool) -> bytes:
+        """Collect, and return the text: of OpenMetrics 1.0 or, else, of Prometheus' format 0.0.4."""
+        with self._lock:
+            parts: list[str] = []
+            for family in self._collector.collect():
+                parts.append(_heading(family, openmetrics=openmetrics))
+                parts += self._lines(family)
+        if openmetrics:
+            parts.append("# EOF\n")
+        return "".join(parts).encode()
+
+    def _lines(self, family: Metric) -> Iterator[str]:
+        starts = self._starts.setdefault(family.name, [])
+        for place, sample in enumerate(family.samples):
+            if place == len(starts):
+                starts.append((sample, _start(sample)))
+            known, start = starts[place]
+            if known.labels is not sample.labels or known.name != sample.name:
+                start = _start(sample)
+                starts[place] = sample, start
+            yield f"{start} {floatToGoString(sample.value) if sample.value else '0.0'}\n"
+
+
+def _heading(family: Metric, *, openmetrics: bool) -> str:
+    """Say what a family means and is; the formats differ in a counter's name and in what is escaped."""
+    name = family.name if openmetrics or family.type != "counter" else f"{family.name}_total"
+    meaning = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+    if openmetrics:
+        meaning = meaning.replace('"', r"\"")
+    return f"# HELP {name} {meaning}\n# TYPE {name} {family.type}\n"
+
+
+def _start(sample: Sample) -> str:
+    labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sorted(sample.labels.items()))
+    return f"{sample.name}{{{labels}}}" if labels else sample.name
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+class MetricsServer:
+    """Answers scrapes on one port, from threads of its own.
+
+    Args:
+        port: 0 picks a free one; `port` is the real one.
+        host: an address of the interface to listen on.
+        collector: what to show.
+
+    Raises:
+        OSError: if the port cannot be listened on.
+    """
+
+    def __init__(self, port: int, host: str, collector: Collector) -> None:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        server = type("Server", (_Server,), {"address_family": family})
+        handler = type("Handler", (_Handler,), {"exposition": Exposition(collector)})
+        self._server: ThreadingHTTPServer = server(address[:2], handler)
+        self.port = self._server.server_port
+        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop listening and wait for the thread; not to be called from the thread that serves."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    """One thread a scrape; none of them keeps the process alive."""
+
+    daemon_threads = True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    exposition: ClassVar[Exposition]
+    timeout = 10
+    """Seconds that a client may be silent."""
+
+    def do_GET(self) -> None:
+        """Send the metrics, whatever the path."""
+        _, content_type = choose_encoder(self.headers.get("Accept", ""))
+        body = self.exposition.write(openmetrics=content_type.startswith(OPENMETRICS))
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = gzip.compress(body, QUICKLY)
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing of scrapes."""

@@ -1,0 +1,105 @@
+"""What a scraper gets: the same as prometheus_client would write, in the format that it asked for."""
+
+import gzip
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from fusewire.kernels.modes import KernelMode
+from fusewire.service.exposition import Exposition, MetricsServer
+from fusewire.service.messages import StepReport
+from fusewire.service.metrics import Metrics
+
+PROMETHEUS_ACCEPT = ",".join(
+    [
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5",
+        "text/plain;version=0.0.4;q=0.3",
+        "*/*;q=0.1",
+    ]
+)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    made = Metrics('a "quoted" \\ name')
+    made.rpc.method("unary", "s", "m").observe_handled("OK", 0.25)
+    made.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1e-7, 0, 2, 1, 1, 0.5, 3, []))
+    return made
+
+
+@pytest.fixture
+def server(metrics: Metrics) -> Iterator[MetricsServer]:
+    running = MetricsServer(0, "127.0.0.1", metrics.registry)
+    running.start()
+    yield running
+    running.stop()
+
+
+def scrape(server: MetricsServer, **headers: str) -> tuple[bytes, str]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", headers=named)
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        body = reply.read()
+        if reply.headers["Content-Encoding"] == "gzip":
+            body = gzip.decompress(body)
+        return body, reply.headers["Content-Type"]
+
+
+def assert_like_the_library(written: Exposition, registry: CollectorRegistry) -> None:
+    assert written.write(openmetrics=False) == generate_latest(registry)
+    assert written.write(openmetrics=True) == openmetrics.generate_latest(registry)
+
+
+def test_it_writes_what_the_library_would_before_and_after_changes(metrics: Metrics) -> None:
+    written = Exposition(metrics.registry)
+    assert_like_the_library(written, metrics.registry)
+    metrics.rpc.method("unary", "new", "m").observe_handled("INTERNAL", 3.0)  # more lines in between
+    metrics.observe_step(StepReport(2, "mixed", KernelMode.UNFUSED, 12345678.5, 7, 2, 1, 1, 0.25, 0, []))
+    assert_like_the_library(written, metrics.registry)
+
+
+def test_metrics_of_any_kind_are_written_right_also_if_they_go() -> None:
+    registry = CollectorRegistry()
+    Gauge("plain", 'With a "quote", a \\ and a\nbreak', registry=registry).set(float("nan"))
+    Histogram("spread", "Without labels", registry=registry).observe(1e9)
+    counter = Counter("some", "With labels", ["b", "a"], registry=registry)
+    for label in ("one", 'two"', "thr\\ee", "fo\nur"):
+        counter.labels(label, "x").inc(1e21)
+    written = Exposition(registry)
+    assert_like_the_library(written, registry)
+    counter.remove('two"', "x")
+    assert_like_the_library(written, registry)
+
+
+@pytest.mark.parametrize("accept", [PROMETHEUS_ACCEPT, "application/openmetrics-text"])
+def test_openmetrics_is_sent_to_who_asks_for_it(server: MetricsServer, accept: str) -> None:
+    body, content_type = scrape(server, Accept=accept)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert body.endswith(b"# EOF\n")
+    found = {family.name: family for family in text_string_to_metric_families(body.decode())}
+    counter = found["fusewire_preemptions"]
+    assert counter.type == "counter"
+    assert [(sample.name, sample.value) for sample in counter.samples] == [("fusewire_preemptions_total", 3)]
+
+
+@pytest.mark.parametrize("accept", ["", "text/plain", "*/*"])
+def test_text_is_sent_to_everyone_else(server: MetricsServer, metrics: Metrics, accept: str) -> None:
+    body, content_type = scrape(server, Accept=accept)
+    assert content_type.startswith("text/plain; version=")
+    assert b"# TYPE fusewire_preemptions_total counter\n" in body
+    assert b"# EOF" not in body
+
+
+def test_a_scrape_is_compressed_for_who_can_read_that(server: MetricsServer) -> None:
+    plain, _ = scrape(server)
+    compressed, _ = scrape(server, Accept_Encoding="gzip, deflate")
+    assert compressed == plain
+
+
+def test_a_port_in_use_is_an_error(server: MetricsServer) -> None:
+    with pytest.raises(OSError, match="in use"):
+        MetricsServer(server.port, "127.0.0.1", CollectorRegistry())
