@@ -121,4 +121,5 @@ def test_bounds_stand_nowhere_else() -> None:
 
 
 def test_nothing_fires_on_a_sound_server_under_load(seen: PrometheusProcess) -> None:
+    """Of those that fire at once; the others would need minutes."""
     assert seen.alerts() == []

@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     options.out.joinpath("promtool.txt").write_text(_promtool())
     about = (
-        f"embedded model, float32 on {os.cpu_count()} CPU cores that its clients share, {options.seconds:g} s "
-        f"of load, turns of {options.slice_seconds:g} s; an example, no figure of a GPU"
+        f"embedded model, float32 on {os.cpu_count()} CPU cores that its clients share, "
+        f"{options.seconds:g} s of load, turns of {options.slice_seconds:g} s; an example, no figure of a GPU"
     )
     with (
         TemporaryDirectory() as folder,

@@ -22,11 +22,8 @@ OPTIONS = ("--shadow-every", "20", "--qk-timing-every", "5", "--max-running", "4
 STREAMS = 5
 TOKENS = 24
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune "
-UNFUSED, FUSED_NORM, FUSED = (
-    KernelMode.KERNEL_MODE_UNFUSED,
-    KernelMode.KERNEL_MODE_FUSED_NORM,
-    KernelMode.KERNEL_MODE_FUSED,
-)
+UNFUSED, FUSED = KernelMode.KERNEL_MODE_UNFUSED, KernelMode.KERNEL_MODE_FUSED
+PATHS = (KernelMode.KERNEL_MODE_FUSED_NORM, UNFUSED, FUSED)
 
 
 class Watched(NamedTuple):
@@ -40,8 +37,8 @@ class Watched(NamedTuple):
 def watched_server(folder: Path, seconds: float, slice_seconds: float = 1.0) -> Iterator[Watched]:
     """Load a server for some seconds, and hand over the Prometheus that has seen it.
 
-    The server takes turns between fused and unfused; one stream more than may run pins no path but the
-    first, which pins fused_norm; and two paths are compared. A second server only shows a certificate.
+    The server takes turns between fused and unfused, under one stream more than may run at once, and compares
+    two paths. A second one only shows a certificate.
     """
     with (
         ServerProcess(folder / "server.log", *OPTIONS) as server,
@@ -89,12 +86,16 @@ def _load(server: ServerProcess, seconds: float) -> None:
 
 
 def _request(number: int, asked: int) -> pb.GenerateRequest:
-    """One answer's worth; every second round does without the prefix cache."""
+    """One answer's worth. Every second round does without the prefix cache.
+
+    One stream pins fused_norm. In the first round all pin a path, so that each is seen, however long a round
+    takes.
+    """
     request = pb.GenerateRequest(text=f"{TEXT}{number}, {asked}")
     request.stopping.max_tokens, request.stopping.ignore_eos = TOKENS, True
     request.cache.disabled = asked % 2 == 0
-    if number == 0:
-        request.kernel_mode = FUSED_NORM
+    if number == 0 or asked == 0:
+        request.kernel_mode = PATHS[number % len(PATHS)]
     return request
 
 
