@@ -46,11 +46,11 @@ def watched_server(folder: Path, seconds: float, slice_seconds: float = 1.0) -> 
         PrometheusProcess(folder, [f"127.0.0.1:{each.metrics_port}" for each in (server, certified)]) as seen,
     ):
         # A rate needs a sample from before its counter grows, and the mark of a switch one from before it.
-        seen.wait_for("fusewire_engine_up == 1")
+        instance = f"127.0.0.1:{server.metrics_port}"
+        seen.wait_for(f"fusewire_engine_up{{instance='{instance}'}} == 1")
         seen.wait_for("fusewire_tls_certificate_not_after_timestamp_seconds")
         _take_turns(server, slice_seconds)
         _load(server, seconds)
-        instance = f"127.0.0.1:{server.metrics_port}"
         seen.wait_for(f"fusewire_requests_running{{instance='{instance}'}} == 0")
         yield Watched(seen, instance)
 
