@@ -84,14 +84,14 @@ class StepGraphs(Generic[Result]):
     def __init__(self, pool: GraphPool) -> None:
         self._graphs: dict[tuple[KernelMode, StepShape], Iterator[Captured[Result]]] = {}
         self._shapes: list[StepShape] = []
-        self._pool = pool
+        self.pool = pool
 
     def __len__(self) -> int:
         return TWINS * len(self._graphs)
 
     def capture(self, mode: KernelMode, shape: StepShape, twins: Sequence[Callable[[], Result]]) -> None:
         """Capture `TWINS` steps that do the same but for what they return."""
-        self._graphs[mode, shape] = cycle(self._pool.capture(twins))
+        self._graphs[mode, shape] = cycle(self.pool.capture(twins))
         if shape not in self._shapes:
             self._shapes.append(shape)
             self._shapes.sort(key=lambda each: (each.num_tokens, each.num_rows))

@@ -8,7 +8,8 @@ from typing import Literal
 
 from fusewire.kernels.modes import KernelMode
 
-Phase = Literal["prefill", "decode"]
+RowPhase = Literal["prefill", "decode"]
+"""The phase of a row; a step may hold both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class ShadowResult:
     as they enter the cache, whichever is largest.
     """
 
-    phase: Phase
+    phase: RowPhase
     """Of the rows."""
     mode: KernelMode
     """The path that was checked: the step's, or fused on an unfused step."""
@@ -32,7 +33,7 @@ class ShadowResult:
 class QKTime:
     """Device time of the QK-norm step in one layer, by the clock on a CPU."""
 
-    phase: Phase
+    phase: RowPhase
     mode: KernelMode
     num_tokens: int
     """Of the step, those that pad it included."""

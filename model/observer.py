@@ -11,7 +11,7 @@ from fusewire.kernels.modes import KernelMode
 from fusewire.model.cuda_graphs import TWINS, GraphPool
 from fusewire.model.families.qwen3 import Qwen3
 from fusewire.model.forward_batch import ForwardBatch
-from fusewire.model.observations import Observation, Phase
+from fusewire.model.observations import Observation, RowPhase
 from fusewire.model.qk_timing import QKTimer, QKTiming
 from fusewire.model.shadow import ShadowCheck, ShadowGuard
 from fusewire.model.site_scratch import SiteScratch
@@ -73,7 +73,7 @@ class Observer:
         self._under_way.append(self._guard.check(batch, tap, mode, num_tokens, decode_tokens))
         self._taps.turn()
 
-    def time(self, batch: ForwardBatch, phase: Phase) -> None:
+    def time(self, batch: ForwardBatch, phase: RowPhase) -> None:
         """Time the QK step at the size and on the path of the step launched last."""
         self._under_way.append(self._timer.begin(phase, batch.kernel_mode, batch.shape.num_tokens))
 

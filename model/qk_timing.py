@@ -20,7 +20,7 @@ from fusewire.kernels.paths import EPILOGUE_BACKEND
 from fusewire.kernels.projections import streams_weights
 from fusewire.model.cuda_graphs import Captured, GraphPool
 from fusewire.model.layers import QKNorm
-from fusewire.model.observations import Phase, QKTime
+from fusewire.model.observations import QKTime, RowPhase
 from fusewire.model.site_scratch import SiteScratch
 
 LAUNCHES = 32
@@ -68,7 +68,7 @@ class _ByEvents:
 class QKTiming:
     """A timing that the device is at work on."""
 
-    phase: Phase
+    phase: RowPhase
     mode: KernelMode
     num_tokens: int
     spans: Sequence[_Span]
@@ -112,7 +112,7 @@ class QKTimer:
                 works = self._works(mode, self._scratch.of(size))
                 self._probes[mode, size] = [pool.capture([partial(_repeat, work)])[0] for work in works]
 
-    def begin(self, phase: Phase, mode: KernelMode, num_tokens: int) -> QKTiming:
+    def begin(self, phase: RowPhase, mode: KernelMode, num_tokens: int) -> QKTiming:
         """Launch a timing of a step of so many tokens, those that pad it included; waits for nothing."""
         probes = self._probes.get((mode, num_tokens))
         if probes is not None:

@@ -42,7 +42,7 @@ from fusewire.model.kv_cache import (
     cpu_memory_bytes,
 )
 from fusewire.model.logit_drift import POSITIONS, compare_streams, drifts_of
-from fusewire.model.observations import LogitDrift, Observation, Phase
+from fusewire.model.observations import LogitDrift, Observation, RowPhase
 from fusewire.model.observer import Observer
 from fusewire.model.sampler import Choice, Sampler
 from fusewire.model.sampling_params import SamplingParams
@@ -171,8 +171,8 @@ class ModelRunner:
                 self._model, self.block_size, self._most_padded_tokens(), shadow=options.shadow
             )
         self._clock = StepClock(self._device)
-        self._graph_pool = GraphPool() if self._device.type == "cuda" and attention.capturable else None
-        self._graphs = None if self._graph_pool is None else StepGraphs[StreamTap](self._graph_pool)
+        captures = self._device.type == "cuda" and attention.capturable
+        self._graphs = StepGraphs[StreamTap](GraphPool()) if captures else None
         self._outputs = self._allocate_outputs()
         self._last: tuple[ForwardBatch, StreamTap]
         """The step launched last, and the tap that it went by."""
@@ -331,7 +331,7 @@ class ModelRunner:
         self._observer.check(*self._last, step.num_tokens, decode_tokens)
 
     @torch.inference_mode()
-    def time_qk(self, step: Step, phase: Phase) -> None:
+    def time_qk(self, step: Step, phase: RowPhase) -> None:
         """Time the QK step of one layer as the step launched last had it, behind it.
 
         Args:
@@ -473,8 +473,8 @@ class ModelRunner:
         self._sampler.warm_up(self._dtype)
         warmed = time.monotonic()
         self.start_report["warm_up_seconds"] = warmed - started
-        if self._graphs is not None and self._graph_pool is not None:
-            self._capture(self._graphs, self._graph_pool, modes)
+        if self._graphs is not None:
+            self._capture(self._graphs, modes)
             self.start_report["capture_seconds"] = time.monotonic() - warmed
 
     def _compare_nothing(self) -> None:
@@ -505,7 +505,7 @@ class ModelRunner:
         return [*reversed(chunks), *reversed(decodes)]
 
     @torch.inference_mode()
-    def _capture(self, graphs: StepGraphs[StreamTap], pool: GraphPool, modes: Sequence[KernelMode]) -> None:
+    def _capture(self, graphs: StepGraphs[StreamTap], modes: Sequence[KernelMode]) -> None:
         """Capture every bucket, in an order in which the smaller ones fit the memory the first ones took."""
         free, _ = torch.cuda.mem_get_info(self._device)
         knobs = "gpu_memory_utilization, max_running"
@@ -516,7 +516,7 @@ class ModelRunner:
                 for mode in modes:
                     batch = self._inputs.load_padding(mode, shape)
                     graphs.capture(mode, shape, [partial(self._forward, batch, tap) for tap in taps])
-            self._observer.capture(pool, [shape.num_tokens for shape in shapes])
+            self._observer.capture(graphs.pool, [shape.num_tokens for shape in shapes])
         self.start_report |= {
             "graphs": float(len(graphs)),
             "graph_bytes": float(free - torch.cuda.mem_get_info(self._device)[0]),

@@ -21,7 +21,7 @@ from fusewire.kernels.rope import apply_rope, rope_rows
 from fusewire.model.device import to_device
 from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.layers import QKNorm
-from fusewire.model.observations import Phase, ShadowResult
+from fusewire.model.observations import RowPhase, ShadowResult
 from fusewire.model.site_scratch import SiteScratch
 from fusewire.model.stream_tap import StreamTap
 
@@ -52,7 +52,7 @@ def default_threshold(dtype_name: str) -> float:
 class ShadowCheck:
     """A check that the device is at work on."""
 
-    phases: Sequence[Phase]
+    phases: Sequence[RowPhase]
     mode: KernelMode
     layer: int
     errors: Tensor
@@ -96,7 +96,7 @@ class ShadowGuard:
             decode_tokens: how many of them, the first ones, decode.
         """
         kept = min(batch.shape.num_tokens, len(tap.kept))
-        ends: dict[Phase, tuple[int, int]] = {
+        ends: dict[RowPhase, tuple[int, int]] = {
             "decode": (0, min(decode_tokens, kept)),
             "prefill": (min(decode_tokens, kept), min(num_tokens, kept)),
         }

@@ -13,7 +13,8 @@ from statistics import NormalDist, fmean, median
 from typing import NamedTuple
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service.messages import ExamineReply, PositionDrift, Refusal
+from fusewire.model.observations import LogitDrift
+from fusewire.service.messages import ExamineReply, Refusal
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2 as pb
 
@@ -91,7 +92,7 @@ def agreeing_tokens(left: Sequence[int], right: Sequence[int]) -> int:
 # ---- drift ----
 
 
-def _wire_drift(position: PositionDrift) -> pb.PositionDrift:
+def _wire_drift(position: LogitDrift) -> pb.PositionDrift:
     return pb.PositionDrift(
         max_logit_difference=position.max_difference,
         mean_logit_difference=position.mean_difference,
@@ -101,7 +102,7 @@ def _wire_drift(position: PositionDrift) -> pb.PositionDrift:
     )
 
 
-def _add_drift(report: pb.CompareReport, positions: Sequence[PositionDrift]) -> None:
+def _add_drift(report: pb.CompareReport, positions: Sequence[LogitDrift]) -> None:
     """Sum up the positions; leaves all at 0 if no logits were compared."""
     if positions:
         report.max_logit_difference = max(each.max_difference for each in positions)

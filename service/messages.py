@@ -14,12 +14,12 @@ from typing import Literal
 import msgspec
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.model.observations import LogitDrift, RowPhase
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.logs import LogLevel
 
 Phase = Literal["prefill", "decode", "mixed"]
 EndReason = Literal["stop", "eos", "length", "context", "cancelled", "time_limit", "error"]
-RowPhase = Literal["prefill", "decode"]
 Refusal = Literal["", "stale_generation", "not_available", "guarded", "not_fallen_back", "no_room"]
 KernelPath = Literal["", "unfused", "fused_norm", "fused", "mixed"]
 
@@ -310,18 +310,6 @@ class CancelReply(_Message, frozen=True):
     """Whether the caller has a request of that id, which then ends as "cancelled"."""
 
 
-class PositionDrift(msgspec.Struct, frozen=True, array_like=True):
-    """How the logits after one token differ, both paths fed the same tokens."""
-
-    max_difference: float
-    mean_difference: float
-    kl_divergence: float
-    """Of the right path from the left, in nats."""
-    same_top1: bool
-    top2_gap: float
-    """By how much the left path's likeliest token leads its second."""
-
-
 class QKSeconds(msgspec.Struct, frozen=True, array_like=True):
     """What the QK step of one layer takes on each path, at one size."""
 
@@ -336,7 +324,7 @@ class ExamineReply(_Message, frozen=True):
     call_id: int
     refusal: Refusal
     """"no_room" if the KV cache has none for the sequence now."""
-    positions: list[PositionDrift] = []
+    positions: list[LogitDrift] = []
     qk: list[QKSeconds] = []
 
 

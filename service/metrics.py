@@ -19,6 +19,7 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.model.observations import RowPhase
 from fusewire.service.messages import (
     Ended,
     EndReason,
@@ -26,7 +27,6 @@ from fusewire.service.messages import (
     KernelPath,
     Phase,
     Routing,
-    RowPhase,
     Scheduled,
     ShadowCheck,
     StepReport,
@@ -76,6 +76,13 @@ class RequestAccount(NamedTuple):
     """From arrival to the last token or, if something else ended it, to that."""
     preempted_seconds: float
     completion_tokens: int
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        if self.queue_seconds is None or self.prefill_seconds is None:
+            return None
+        return self.queue_seconds + self.prefill_seconds
 
 
 class RequestMetrics:
@@ -144,9 +151,8 @@ class RequestMetrics:
             "request_preempted": account.preempted_seconds,
             "request_queue": account.queue_seconds,
             "request_prefill": account.prefill_seconds,
+            "time_to_first_token": account.time_to_first_token,
         }
-        if account.queue_seconds is not None and account.prefill_seconds is not None:
-            taken["time_to_first_token"] = account.queue_seconds + account.prefill_seconds
         if account.decode_seconds is not None and account.completion_tokens > 1:
             taken["request_decode"] = account.decode_seconds
             taken["request_time_per_output_token"] = account.decode_seconds / (account.completion_tokens - 1)

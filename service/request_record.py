@@ -3,26 +3,22 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fusewire.service.messages import EndReason, KernelPath
+from fusewire.service.messages import KernelPath
+from fusewire.service.metrics import RequestAccount
 
 
 class RequestRecord(NamedTuple):
-    """One ended request. A time that it did not live to see is None; times are in seconds."""
+    """One ended request."""
 
     request_id: str
     client_request_id: str
     """What the client calls it; "" for nothing."""
-    finish_reason: EndReason
     arrival: float
     """By `time.monotonic()`."""
     prompt_tokens: int
-    completion_tokens: int
     cached_tokens: int
-    queue_seconds: float | None
-    prefill_seconds: float | None
-    decode_seconds: float | None
-    total_seconds: float
-    preempted_seconds: float
+    took: RequestAccount
+    """How it ended and what it took, as the metrics have it."""
     prefill_path: KernelPath = ""
     """The path of the phase's steps, "mixed" for several, "" if none ran or that was not awaited."""
     decode_path: KernelPath = ""
@@ -30,28 +26,22 @@ class RequestRecord(NamedTuple):
     """What implementation was behind it; likewise."""
     decode_backend: str = ""
 
-    @property
-    def time_to_first_token(self) -> float | None:
-        """Seconds from arrival to the first token."""
-        if self.queue_seconds is None or self.prefill_seconds is None:
-            return None
-        return self.queue_seconds + self.prefill_seconds
-
     def fields(self) -> Mapping[str, str | int | float | None]:
         """What the log says of the request, by name; None for what there was not."""
+        took = self.took
         return {
             "request_id": self.request_id,
             "client_request_id": self.client_request_id or None,
-            "finish_reason": self.finish_reason,
+            "finish_reason": took.reason,
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
+            "completion_tokens": took.completion_tokens,
             "cached_tokens": self.cached_tokens,
-            "queue_seconds": self.queue_seconds,
-            "prefill_seconds": self.prefill_seconds,
-            "decode_seconds": self.decode_seconds,
-            "time_to_first_token_seconds": self.time_to_first_token,
-            "total_seconds": self.total_seconds,
-            "preempted_seconds": self.preempted_seconds,
+            "queue_seconds": took.queue_seconds,
+            "prefill_seconds": took.prefill_seconds,
+            "decode_seconds": took.decode_seconds,
+            "time_to_first_token_seconds": took.time_to_first_token,
+            "total_seconds": took.total_seconds,
+            "preempted_seconds": took.preempted_seconds,
             "prefill_kernel_path": self.prefill_path or None,
             "decode_kernel_path": self.decode_path or None,
             "prefill_backend": self.prefill_backend or None,

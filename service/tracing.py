@@ -220,7 +220,7 @@ class _RunSpan:
         if self._family.span.is_recording():
             run = self._family.child(self._name, request.arrival, self._attributes)
             _fill(run, request)
-            run.end(request.arrival + request.total_seconds)
+            run.end(request.arrival + request.took.total_seconds)
 
 
 def _fill(family: _Family, request: RequestRecord) -> None:
@@ -228,17 +228,17 @@ def _fill(family: _Family, request: RequestRecord) -> None:
     family.span.set_attributes(
         {
             "fusewire.request_id": request.request_id,
-            "fusewire.finish_reason": request.finish_reason,
+            "fusewire.finish_reason": request.took.reason,
             "fusewire.prompt_tokens": request.prompt_tokens,
-            "fusewire.completion_tokens": request.completion_tokens,
+            "fusewire.completion_tokens": request.took.completion_tokens,
             "fusewire.cached_tokens": request.cached_tokens,
-            "fusewire.preempted_seconds": request.preempted_seconds,
+            "fusewire.preempted_seconds": request.took.preempted_seconds,
         }
     )
-    end = request.arrival + request.total_seconds
-    scheduled = _after(request.arrival, request.queue_seconds)
-    first_token = _after(scheduled, request.prefill_seconds)
-    last_token = _after(first_token, request.decode_seconds)
+    end = request.arrival + request.took.total_seconds
+    scheduled = _after(request.arrival, request.took.queue_seconds)
+    first_token = _after(scheduled, request.took.prefill_seconds)
+    last_token = _after(first_token, request.took.decode_seconds)
     _add_phase(family, "queue", request.arrival, scheduled or end, {})
     if scheduled is not None:
         prefill = {
@@ -247,9 +247,9 @@ def _fill(family: _Family, request: RequestRecord) -> None:
             **_kernel(request.prefill_path, request.prefill_backend),
         }
         _add_phase(family, "prefill", scheduled, first_token or end, prefill)
-    if first_token is not None and request.completion_tokens > 1:
+    if first_token is not None and request.took.completion_tokens > 1:
         decode = {
-            "fusewire.completion_tokens": request.completion_tokens,
+            "fusewire.completion_tokens": request.took.completion_tokens,
             **_kernel(request.decode_path, request.decode_backend),
         }
         _add_phase(family, "decode", first_token, last_token or end, decode)

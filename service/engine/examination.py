@@ -9,7 +9,7 @@ from typing import Protocol
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.observations import LogitDrift
 from fusewire.service.engine.block_pool import BlockPool
-from fusewire.service.messages import Examine, ExamineReply, PositionDrift, QKSeconds
+from fusewire.service.messages import Examine, ExamineReply, QKSeconds
 
 
 class Examiner(Protocol):
@@ -46,21 +46,11 @@ def examine(examiner: Examiner, wish: Examine, pool: BlockPool, spare: int) -> G
         return
     blocks = pool.allocate(needed)
     try:
-        positions: list[PositionDrift] = []
+        positions: Sequence[LogitDrift] = ()
         if wish.token_ids:
-            drifts = yield from examiner.compare_logits(
+            positions = yield from examiner.compare_logits(
                 wish.token_ids, wish.prompt_len - 1, wish.left, wish.right, blocks
             )
-            positions = [
-                PositionDrift(
-                    drift.max_difference,
-                    drift.mean_difference,
-                    drift.kl_divergence,
-                    drift.same_top1,
-                    drift.top2_gap,
-                )
-                for drift in drifts
-            ]
     finally:
         pool.free(blocks)
     qk = []
@@ -68,4 +58,4 @@ def examine(examiner: Examiner, wish: Examine, pool: BlockPool, spare: int) -> G
         left, right = (examiner.qk_seconds(mode, tokens) for mode in (wish.left, wish.right))
         qk.append(QKSeconds(tokens, left, right))
         yield None
-    yield ExamineReply(wish.call_id, "", positions, qk)
+    yield ExamineReply(wish.call_id, "", list(positions), qk)

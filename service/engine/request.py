@@ -10,9 +10,10 @@ from typing import NamedTuple, cast
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Row, Seating
+from fusewire.model.observations import RowPhase
 from fusewire.service.engine.channel import Connection
 from fusewire.service.engine.prefix_cache import PrefixChain
-from fusewire.service.messages import AddRequest, Ended, EndReason, KernelPath, RowPhase
+from fusewire.service.messages import AddRequest, Ended, EndReason, KernelPath
 
 NO_SEAT = -1
 

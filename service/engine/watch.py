@@ -9,9 +9,9 @@ from typing import Generic, Protocol, TypeVar
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Step
-from fusewire.model.observations import Observation, ShadowResult
+from fusewire.model.observations import Observation, RowPhase, ShadowResult
 from fusewire.service.engine.plan import StepPlan
-from fusewire.service.messages import QKTiming, RowPhase, ShadowCheck
+from fusewire.service.messages import QKTiming, ShadowCheck
 
 
 class Observer(Protocol):

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
 import grpc
 
@@ -18,6 +19,8 @@ from fusewire.v1 import admin_pb2 as pb
 from fusewire.v1 import kernel_pb2
 
 log = logging.getLogger(__name__)
+
+Applied = TypeVar("Applied", pb.SetKernelModeResponse, pb.RearmShadowGuardResponse)
 
 DEFAULT_SLICE_SECONDS = 10.0
 SLICE_SECONDS = (0.05, 3600.0)
@@ -63,12 +66,7 @@ class AdminService:
         reply = await self._serving.engine.set_kernel_mode(mode, expected, split)
         self._require_done(reply, expected)
         _log_switch("kernel mode set", reply, split)
-        return pb.SetKernelModeResponse(
-            previous=WIRE_MODES[reply.previous],
-            current=WIRE_MODES[reply.current],
-            generation=reply.generation,
-            applied_at_step=reply.applied_at_step,
-        )
+        return _applied(pb.SetKernelModeResponse, reply)
 
     async def RearmShadowGuard(  # noqa: N802
         self, request: pb.RearmShadowGuardRequest, call: Call
@@ -78,12 +76,7 @@ class AdminService:
         reply = await self._serving.engine.rearm_guard()
         self._require_done(reply, None)
         _log_switch("shadow guard rearmed", reply, None)
-        return pb.RearmShadowGuardResponse(
-            previous=WIRE_MODES[reply.previous],
-            current=WIRE_MODES[reply.current],
-            generation=reply.generation,
-            applied_at_step=reply.applied_at_step,
-        )
+        return _applied(pb.RearmShadowGuardResponse, reply)
 
     async def GetLogLevel(self, request: pb.GetLogLevelRequest, call: Call) -> pb.GetLogLevelResponse:  # noqa: N802
         """Tell the least severe lines that are logged."""
@@ -203,6 +196,16 @@ def _guard(routing: Routing) -> pb.ShadowGuard:
         fallback_active=guard.left_mode is not None,
         left_mode=WIRE_MODES[guard.left_mode] if guard.left_mode is not None else None,
         relative_error=guard.relative_error,
+    )
+
+
+def _applied(kind: type[Applied], reply: KernelModeReply) -> Applied:
+    """Tell a switch as the response of either call that makes one."""
+    return kind(
+        previous=WIRE_MODES[reply.previous],
+        current=WIRE_MODES[reply.current],
+        generation=reply.generation,
+        applied_at_step=reply.applied_at_step,
     )
 
 

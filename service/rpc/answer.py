@@ -165,8 +165,7 @@ class Answer:
     def finished(self) -> pb.StreamGenerateResponse:
         """The last event; only once `ended` is set."""
         assert self.ended is not None
-        prefill, decode = self._prefill_seconds, self._decode_seconds
-        queue = self._queue_seconds
+        took = self.account(self.reason)
         return pb.StreamGenerateResponse(
             finished=pb.Finished(
                 reason=REASONS[self.reason],
@@ -177,10 +176,10 @@ class Answer:
                     cached_tokens=self.cached_tokens,
                 ),
                 timings=pb.PhaseTimings(
-                    queue_seconds=queue or 0.0,
-                    prefill_seconds=prefill or 0.0,
-                    decode_seconds=decode or 0.0,
-                    time_to_first_token_seconds=0.0 if queue is None or prefill is None else queue + prefill,
+                    queue_seconds=took.queue_seconds or 0.0,
+                    prefill_seconds=took.prefill_seconds or 0.0,
+                    decode_seconds=took.decode_seconds or 0.0,
+                    time_to_first_token_seconds=took.time_to_first_token or 0.0,
                 ),
                 kernel=kernel_report(self.ended),
             )

@@ -120,16 +120,10 @@ class Run:
         record = RequestRecord(
             request_id=self._live.request_id,
             client_request_id=self._client_request_id,
-            finish_reason=account.reason,
             arrival=answer.request.arrival,
             prompt_tokens=len(answer.request.prompt_ids),
-            completion_tokens=account.completion_tokens,
             cached_tokens=answer.cached_tokens,
-            queue_seconds=account.queue_seconds,
-            prefill_seconds=account.prefill_seconds,
-            decode_seconds=account.decode_seconds,
-            total_seconds=account.total_seconds,
-            preempted_seconds=account.preempted_seconds,
+            took=account,
         )
         if ended is not None:
             record = record._replace(

@@ -12,7 +12,7 @@ from fusewire.model import runner as runner_module
 from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.model.config import ModelError
 from fusewire.model.kv_cache import blocks_in_gpu_memory
-from fusewire.model.runner import ModelRunner, RunnerOptions
+from fusewire.model.runner import LaunchedStep, ModelRunner, RunnerOptions
 from fusewire.model.sampling_params import SamplingParams
 from tests.tools.model_driver import SHAPES, Checkpoint
 from tests.tools.random_checkpoint import Shape, write_checkpoint
@@ -123,17 +123,22 @@ def test_a_step_s_device_time_leaves_out_what_the_host_does_before_and_after(
         return load(*arguments)
 
     monkeypatch.setattr(runner._inputs, "load", load_slowly)
+    launched, device, wall = time_two_steps(runner, step)
+    assert min(device) > 0
+    assert sum(device) <= wall - 0.15
+    assert runner.collect(launched[0]) is not None, "it can be collected again, and tells the same"
+    assert runner.device_seconds(launched[0]) == device[0]
+
+
+def time_two_steps(runner: ModelRunner, step: Step) -> tuple[list[LaunchedStep], list[float], float]:
+    """Launch a step twice, stall the host for 50 ms and collect both: device seconds and the wall's."""
     started = time.monotonic()
     launched = [runner.launch(step) for _ in range(2)]
     time.sleep(0.05)
     for each in launched:
         runner.collect(each)
     wall = time.monotonic() - started
-    device = [runner.device_seconds(each) for each in launched]
-    assert min(device) > 0
-    assert sum(device) <= wall - 0.15
-    assert runner.collect(launched[0]) is not None, "it can be collected again, and tells the same"
-    assert runner.device_seconds(launched[0]) == device[0]
+    return launched, [runner.device_seconds(each) for each in launched], wall
 
 
 @pytest.mark.gpu
@@ -142,13 +147,7 @@ def test_cuda_events_time_a_step_within_what_the_host_waits_for_it(checkpoint: C
     step = one_row([1, 2, 3])
     for _ in range(3):
         runner.run(step)
-    started = time.monotonic()
-    launched = [runner.launch(step) for _ in range(2)]
-    time.sleep(0.05)
-    for each in launched:
-        runner.collect(each)
-    wall = time.monotonic() - started
-    device = [runner.device_seconds(each) for each in launched]
+    _, device, wall = time_two_steps(runner, step)
     assert min(device) > 0
     assert sum(device) <= wall - 0.05
 

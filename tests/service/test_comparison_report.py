@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.model.observations import LogitDrift
 from fusewire.service import comparison_report
 from fusewire.service.comparison_report import OtherLoad, SideResult, make_report
-from fusewire.service.messages import ExamineReply, PositionDrift, QKSeconds
+from fusewire.service.messages import ExamineReply, QKSeconds
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import kernel_pb2
 
@@ -45,11 +46,11 @@ def side(mode: KernelMode = KernelMode.UNFUSED, **fields) -> SideResult:
     return SideResult(**(given | fields))
 
 
-def drift(difference: float = 0.5, same: bool = True, gap: float = 9.0) -> PositionDrift:
-    return PositionDrift(difference, difference / 2, difference / 4, same, gap)
+def drift(difference: float = 0.5, same: bool = True, gap: float = 9.0) -> LogitDrift:
+    return LogitDrift(difference, difference / 2, difference / 4, same, gap)
 
 
-def examined(*positions: PositionDrift, refusal="", qk: tuple[QKSeconds, ...] = ()) -> ExamineReply:
+def examined(*positions: LogitDrift, refusal="", qk: tuple[QKSeconds, ...] = ()) -> ExamineReply:
     return ExamineReply(1, refusal, list(positions), list(qk))
 
 

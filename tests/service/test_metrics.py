@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.model.observations import RowPhase
 from fusewire.service.messages import (
     Ended,
     EndReason,
@@ -22,7 +23,6 @@ from fusewire.service.messages import (
     QKTiming,
     RequestEvent,
     Routing,
-    RowPhase,
     Scheduled,
     ShadowCheck,
     StepReport,

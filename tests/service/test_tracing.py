@@ -12,28 +12,16 @@ import grpc
 import pytest
 
 from fusewire.service.config import ConfigError, ServeConfig
+from fusewire.service.metrics import RequestAccount
 from fusewire.service.request_record import RequestRecord
 from fusewire.service.server import Server, StartError
 from fusewire.service.tracing import Tracer, TracingError, open_tracer
 from tests.tools.spans import KeptSpans, attributes, collector
 
 
-def record(**fields) -> RequestRecord:
-    known = {
-        "request_id": "r1",
-        "client_request_id": "",
-        "finish_reason": "length",
-        "arrival": time.monotonic(),
-        "prompt_tokens": 5,
-        "completion_tokens": 3,
-        "cached_tokens": 0,
-        "queue_seconds": 0.1,
-        "prefill_seconds": 0.2,
-        "decode_seconds": 0.4,
-        "total_seconds": 0.8,
-        "preempted_seconds": 0.0,
-    }
-    return RequestRecord(**(known | fields))
+def record(**taken) -> RequestRecord:
+    took = RequestAccount("length", "fused", 0.1, 0.2, 0.4, 0.8, 0.0, completion_tokens=3)._replace(**taken)
+    return RequestRecord("r1", "", time.monotonic(), prompt_tokens=5, cached_tokens=0, took=took)
 
 
 def trace_one_call(tracer: Tracer) -> None:
@@ -160,11 +148,11 @@ def test_an_endpoint_is_an_http_url(endpoint: str) -> None:
 # ---- phases ----
 
 
-def phases(**fields) -> list[tuple[str, float, float]]:
+def phases(**taken) -> list[tuple[str, float, float]]:
     """Name, start and end of each phase of one request, in seconds after its arrival."""
     kept = KeptSpans()
     call = kept.tracer.begin_call("s", "m", (), time.monotonic())
-    call.record(record(**fields))
+    call.record(record(**taken))
     call.end(grpc.StatusCode.OK)
     parent = kept.call("m")
     children = kept.below(parent)

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import yaml
 
-from tests.tools.server_process import free_port
+from tests.tools.server_process import free_port, stop
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yaml"
 START_SECONDS = 30
@@ -79,8 +79,7 @@ class PrometheusProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
+        stop(self._process, 30)
         self._log.close()
 
     def query(self, expression: str) -> list[Series]:

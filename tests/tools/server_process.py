@@ -4,7 +4,6 @@ Ports are picked free, output is kept, and nothing is left running.
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +31,16 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """Ask a process to end, if it runs, and kill it if it takes longer than so many seconds."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class ServerProcess:
@@ -72,13 +81,7 @@ class ServerProcess:
     def __exit__(self, *exception: object) -> None:
         self.channel.close()
         self.admin_channel.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        stop(self.process, 60)
         self._output.close()
 
     def is_serving(self, service: str = "") -> bool:

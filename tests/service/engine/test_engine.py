@@ -32,7 +32,6 @@ from fusewire.service.messages import (
     KernelModeChanged,
     KernelModeReply,
     ModelInfo,
-    PositionDrift,
     QKSeconds,
     QKTiming,
     RearmGuard,
@@ -346,7 +345,7 @@ def test_an_examination_goes_on_between_steps_and_gives_its_blocks_back(fake_run
     assert reply == ExamineReply(
         5,
         "",
-        [PositionDrift(0.5, 0.25, 0.125, True, 2.0)] * 5,
+        [LogitDrift(0.5, 0.25, 0.125, True, 2.0)] * 5,
         [QKSeconds(1, 1e-6, 3e-6), QKSeconds(6, 6e-6, 18e-6)],
     )
     assert len(examiner.blocks) == 3

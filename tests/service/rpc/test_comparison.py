@@ -11,11 +11,11 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from fusewire.kernels import modes
+from fusewire.model.observations import LogitDrift
 from fusewire.service.messages import (
     AddRequest,
     ExamineReply,
     GenerationDefaults,
-    PositionDrift,
     QKSeconds,
 )
 from fusewire.service.rpc import validation
@@ -71,7 +71,7 @@ class Examiner:
             await asyncio.Event().wait()
         if self._refusal and token_ids:
             return ExamineReply(1, self._refusal)
-        positions = [PositionDrift(0.5, 0.25, 0.125, True, 4.0)] * max(0, len(token_ids) - prompt_len + 1)
+        positions = [LogitDrift(0.5, 0.25, 0.125, True, 4.0)] * max(0, len(token_ids) - prompt_len + 1)
         return ExamineReply(1, "", positions, [QKSeconds(tokens, 2e-6, 1e-6) for tokens in qk_tokens])
 
 
