@@ -23,13 +23,13 @@ from fusewire.service.client import CallFailed, Client, Comparison, to_plain
 from fusewire.service.compare_view import (
     LiveView,
     Sides,
-    make_console,
     ratio,
     show_report,
     show_texts,
     times,
     top2_gap,
 )
+from fusewire.service.console import make_console
 from fusewire.service.terminal import CommandFailed, print_json
 from fusewire.v1 import generation_pb2 as pb
 

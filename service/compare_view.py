@@ -3,7 +3,6 @@
 Draws with rich, boxes and colours in a terminal and bare text elsewhere. Judges nothing and calls nobody.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fusewire.service.client import ComparedSide, Comparison, short_name
+from fusewire.service.console import CONTROL, show
 from fusewire.service.terminal import milliseconds
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import kernel_pb2
 
-PLAIN_WIDTH = 1000
-"""Columns where there is no terminal: wide enough that no row of a table is broken."""
 PANEL_FRAME = 4
 """Columns that a panel takes beside its text."""
 LIVE_REST = 5
@@ -29,14 +27,6 @@ LIVE_REST = 5
 LEAST_WIDTH = 8
 BAR_WIDTH = 40
 PARTED = "bold yellow"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def make_console(*, terminal: bool) -> Console:
-    """Make what draws on standard output: as the terminal can, or without any control codes."""
-    if terminal:
-        return Console(highlight=False)
-    return Console(force_terminal=False, color_system=None, width=PLAIN_WIDTH, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -168,22 +158,6 @@ def show_report(console: Console, report: pb.CompareReport, sides: Sides) -> Non
     for sentence in remarks(report):
         show(console, Text(sentence))
     show(console, Text(report.verdict, style="bold"))
-
-
-def show(console: Console, what: Table | Text) -> None:
-    """Print a table or a line; outside a terminal without lines, and without blanks at their ends."""
-    if console.is_terminal:
-        console.print(what)
-        return
-    if isinstance(what, Table):
-        console.file.write(f"{what.title}\n")
-        what.title, what.box, what.pad_edge = None, None, False
-    with console.capture() as captured:
-        console.print(what)
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    if isinstance(what, Table):
-        lines.append("")
-    console.file.write("\n".join([*lines, ""]))
 
 
 def latency_table(report: pb.CompareReport, sides: Sides) -> Table | None:

@@ -18,7 +18,7 @@ from urllib.request import ProxyHandler, build_opener
 import msgspec
 from rich.live import Live
 
-from fusewire.service.compare_view import make_console
+from fusewire.service.console import make_console
 from fusewire.service.terminal import CommandFailed, note
 from fusewire.service.top_reading import Reading
 from fusewire.service.top_scrape import Snapshot

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from fusewire.service.compare_view import CONTROL, show
+from fusewire.service.console import CONTROL, show
 from fusewire.service.terminal import milliseconds
 from fusewire.service.top_reading import REQUEST_TIMES, Counted, Reading
 from fusewire.service.top_scrape import Times

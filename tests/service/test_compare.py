@@ -28,7 +28,8 @@ from fusewire.service.compare import (
     compare,
     read_prompts,
 )
-from fusewire.service.compare_view import PARTED, LiveView, Sides, coloured, make_console
+from fusewire.service.compare_view import PARTED, LiveView, Sides, coloured
+from fusewire.service.console import make_console
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import kernel_pb2
 from tests.tools.fake_server import COMPARED_TOKENS, REPORT, FakeServer, comparison, parted_report
