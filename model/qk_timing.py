@@ -7,18 +7,16 @@ the site takes more than a projection alone. On a CPU the clock says.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeAlias
-
-import torch
+from typing import TypeAlias
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import EPILOGUE_BACKEND
 from fusewire.kernels.projections import streams_weights
 from fusewire.model.cuda_graphs import Captured, GraphPool
+from fusewire.model.device_clock import DeviceClock, DeviceSpan
 from fusewire.model.layers import QKNorm
 from fusewire.model.observations import QKTime, RowPhase
 from fusewire.model.site_scratch import SiteScratch
@@ -31,39 +29,6 @@ _REPEATS = 5
 _Work: TypeAlias = Callable[[], object]
 
 
-class _Span(Protocol):
-    """The time that a piece of work takes."""
-
-    def is_known(self) -> bool: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _ByClock:
-    seconds: float
-
-    def is_known(self) -> bool:
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class _ByEvents:
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-    launches: int
-
-    def is_known(self) -> bool:
-        return self.end.query()
-
-    @property
-    def seconds(self) -> float:
-        """Waits until it is known."""
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) / 1e3 / self.launches
-
-
 @dataclass(frozen=True, slots=True)
 class QKTiming:
     """A timing that the device is at work on."""
@@ -71,8 +36,10 @@ class QKTiming:
     phase: RowPhase
     mode: KernelMode
     num_tokens: int
-    spans: Sequence[_Span]
+    spans: Sequence[DeviceSpan]
     """What the site takes and, if it is more than the step, what the rest of it takes."""
+    launches: int
+    """Of each, in its span."""
 
     def is_known(self) -> bool:
         """Whether the time is there."""
@@ -81,7 +48,8 @@ class QKTiming:
     @property
     def seconds(self) -> float:
         """The step's time; waits for it if it is not known."""
-        first, *rest = (span.seconds for span in self.spans)
+        self.spans[-1].wait()
+        first, *rest = (span.seconds / self.launches for span in self.spans)
         return max(0.0, first - sum(rest))
 
     def observations(self) -> list[QKTime]:
@@ -102,6 +70,7 @@ class QKTimer:
         self._site = site
         self._scratch = scratch
         self._block_size = block_size
+        self._clock = DeviceClock(scratch.stream.device)
         self._probes: dict[tuple[KernelMode, int], list[Captured[None]]] = {}
 
     def capture(self, pool: GraphPool, modes: Sequence[KernelMode], sizes: Sequence[int]) -> None:
@@ -116,13 +85,13 @@ class QKTimer:
         """Launch a timing of a step of so many tokens, those that pad it included; waits for nothing."""
         probes = self._probes.get((mode, num_tokens))
         if probes is not None:
-            spans: list[_Span] = [_timed_by_events(probe.replay, LAUNCHES) for probe in probes]
-            return QKTiming(phase, mode, num_tokens, spans)
+            spans = [self._timed(probe.replay) for probe in probes]
+            return QKTiming(phase, mode, num_tokens, spans, LAUNCHES)
         scratch = self._scratch
         if num_tokens > len(scratch.slots):
             scratch = SiteScratch.allocate(self._site, num_tokens, self._block_size)
         works = self._works(mode, scratch.of(num_tokens))
-        return QKTiming(phase, mode, num_tokens, [self._timed(work) for work in works])
+        return QKTiming(phase, mode, num_tokens, [self._timed(work) for work in works], launches=1)
 
     def seconds(self, mode: KernelMode, num_tokens: int) -> float:
         """Time a step of so many tokens, or of the next larger captured size, a few times: the median."""
@@ -142,20 +111,12 @@ class QKTimer:
         overlap = streams_weights(scratch.stream, site.qkv.weight)
         return [partial(site.apply_to, scratch.qkv, inputs, cache, overlap=overlap)]
 
-    def _timed(self, work: _Work) -> _Span:
-        if self._scratch.stream.device.type == "cuda":
-            return _timed_by_events(work, 1)
-        start = time.perf_counter()
+    def _timed(self, work: _Work) -> DeviceSpan:
+        span = self._clock.start()
+        span.begin()
         work()
-        return _ByClock(time.perf_counter() - start)
-
-
-def _timed_by_events(work: _Work, launches: int) -> _ByEvents:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    return _ByEvents(start, end, launches)
+        span.end()
+        return span
 
 
 def _repeat(work: _Work) -> None:

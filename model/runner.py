@@ -31,6 +31,7 @@ from fusewire.model.cuda_graphs import (
     prefill_buckets,
 )
 from fusewire.model.device import name_of_device, name_of_dtype, resolve_device, resolve_dtype
+from fusewire.model.device_clock import DeviceClock, DeviceSpan
 from fusewire.model.families.qwen3 import Qwen3
 from fusewire.model.forward_batch import ForwardBatch, StepInputs, StepShape
 from fusewire.model.kv_cache import (
@@ -48,7 +49,6 @@ from fusewire.model.sampler import Choice, Sampler
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.model.seats import SeatTable
 from fusewire.model.shadow import FAULT
-from fusewire.model.step_clock import StepClock, StepSpan
 from fusewire.model.stream_tap import StreamTap
 from fusewire.model.weights import Progress, load_weights
 
@@ -118,7 +118,7 @@ class LaunchedStep:
     rows: Sequence[Row]
     choice: Choice | None
     """None if no row samples."""
-    span: StepSpan
+    span: DeviceSpan
     """From when its inputs are there to when its tokens are chosen."""
     device_seconds: float | None = None
     """Length of the span, once the step is collected."""
@@ -170,7 +170,7 @@ class ModelRunner:
             self._observer = Observer(
                 self._model, self.block_size, self._most_padded_tokens(), shadow=options.shadow
             )
-        self._clock = StepClock(self._device)
+        self._clock = DeviceClock(self._device)
         captures = self._device.type == "cuda" and attention.capturable
         self._graphs = StepGraphs[StreamTap](GraphPool()) if captures else None
         self._outputs = self._allocate_outputs()
@@ -257,7 +257,7 @@ class ModelRunner:
         logits, batch = self._compute(step)
         return batch.input_ids.new_empty(0, self.config.vocab_size) if logits is None else logits
 
-    def _compute(self, step: Step, span: StepSpan | None = None) -> tuple[Tensor | None, ForwardBatch]:
+    def _compute(self, step: Step, span: DeviceSpan | None = None) -> tuple[Tensor | None, ForwardBatch]:
         """Launch the forward pass; its logits [S, vocabulary], or None if no row samples.
 
         A span begins once the inputs are sent.

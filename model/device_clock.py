@@ -1,6 +1,6 @@
-"""Measures the time that a device works on steps, without waiting for it.
+"""Measures the time that a device works on something, without waiting for it.
 
-On a GPU by two events around a step's work, on a CPU by the clock. Knows nothing of what a step does.
+On a GPU by two events around the work, on a CPU by the clock. Knows nothing of what the work is.
 """
 
 import time
@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 
-class StepSpan(Protocol):
-    """The time that the device works on one step, from `begin` to `end` in the order of launches."""
+class DeviceSpan(Protocol):
+    """The time that the device works from `begin` to `end`, in the order of launches."""
 
     def begin(self) -> None:
         """Let it start behind all that was launched so far."""
@@ -20,8 +20,12 @@ class StepSpan(Protocol):
         """Let it end likewise."""
         ...
 
+    def is_known(self) -> bool:
+        """Whether the device has come to its end."""
+        ...
+
     def wait(self) -> None:
-        """Wait until the device has come to its end."""
+        """Wait until it has."""
         ...
 
     @property
@@ -30,8 +34,8 @@ class StepSpan(Protocol):
         ...
 
 
-class StepClock:
-    """Hands out spans, as many as there ever are steps in flight.
+class DeviceClock:
+    """Hands out spans, as many as there ever are at once.
 
     Args:
         device: what does the work.
@@ -39,13 +43,13 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._span = _EventSpan if device.type == "cuda" else _ClockSpan
-        self._free: list[StepSpan] = []
+        self._free: list[DeviceSpan] = []
 
-    def start(self) -> StepSpan:
+    def start(self) -> DeviceSpan:
         """Return a span that is yet to begin; it goes back by `read`."""
         return self._free.pop() if self._free else self._span()
 
-    def read(self, span: StepSpan) -> float:
+    def read(self, span: DeviceSpan) -> float:
         """Return the seconds of a span that the device has come to the end of, and take it back."""
         self._free.append(span)
         return span.seconds
@@ -62,6 +66,9 @@ class _EventSpan:
 
     def end(self) -> None:
         self._end.record()
+
+    def is_known(self) -> bool:
+        return self._end.query()
 
     def wait(self) -> None:
         self._end.synchronize()
@@ -82,6 +89,9 @@ class _ClockSpan:
 
     def end(self) -> None:
         self._end = time.monotonic()
+
+    def is_known(self) -> bool:
+        return True
 
     def wait(self) -> None:
         """The work is done."""
