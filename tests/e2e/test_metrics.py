@@ -125,6 +125,7 @@ def test_scrapes_are_answered_while_the_engine_is_killed_and_comes_back(
                 except Exception as error:  # noqa: BLE001 - is what the test is about
                     failures.append(error)
 
+        wait_until_told_up(server)
         scraping = threading.Thread(target=scrape_on)
         scraping.start()
         try:
@@ -137,8 +138,7 @@ def test_scrapes_are_answered_while_the_engine_is_killed_and_comes_back(
             end = time.monotonic() + 10
             while stream(server.generation, greedy("Once", 2)).status is not grpc.StatusCode.OK:
                 assert time.monotonic() < end
-            while value_of(scrape(server), "fusewire_engine_up") != 1:  # told by a connection of its own
-                assert time.monotonic() < end
+            wait_until_told_up(server)
         finally:
             stopped.set()
             scraping.join()
@@ -154,6 +154,13 @@ def test_scrapes_are_answered_while_the_engine_is_killed_and_comes_back(
         assert all(body.endswith(b"# EOF\n") for body in bodies)
         names = [{line.split(b" ")[0] for line in body.splitlines()} for body in bodies]
         assert names[0] == names[-1], "the restart left other series"
+
+
+def wait_until_told_up(server: ServerProcess) -> None:
+    """The scraped process has the engine's reports by a connection of its own, later than the others may."""
+    end = time.monotonic() + 10
+    while value_of(scrape(server), "fusewire_engine_up") != 1:
+        assert time.monotonic() < end
 
 
 def value_of(body: bytes, name: str) -> float:
