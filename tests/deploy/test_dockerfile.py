@@ -111,15 +111,22 @@ def test_a_build_gets_to_see_the_sources_and_nothing_else(tmp_path: Path) -> Non
         assert forbidden not in seen
 
 
+OVERLAY = """
+mount -t tmpfs tmpfs "$0" && cd "$0" && mkdir layer work root
+mount -t overlay -o "lowerdir=/,upperdir=$0/layer,workdir=$0/work" image root && test -d root/usr
+"""
+
+
 @pytest.fixture
-def follow() -> list[str]:
+def follow(tmp_path: Path) -> list[str]:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"needs root and {', '.join(missing or TOOLS)}")
     if os.stat("/").st_dev != os.stat(sys.prefix).st_dev:
         pytest.skip("this Python is not on the root file system, over which an overlay is laid")
-    if subprocess.run(["unshare", "--mount", "--pid", "--net", "--fork", "true"], check=False).returncode:
-        pytest.skip("namespaces cannot be made here")
+    namespaces = ["unshare", "--mount", "--pid", "--net", "--fork"]
+    if subprocess.run([*namespaces, "sh", "-ec", OVERLAY, str(tmp_path)], check=False).returncode:
+        pytest.skip("namespaces and an overlay of the root cannot be made here")
     return [sys.executable, "-m", "tests.tools.follow_dockerfile"]
 
 
