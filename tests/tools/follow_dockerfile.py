@@ -101,11 +101,13 @@ class Image:
 
     def _lend_packages(self) -> None:
         """Let the image's environment see this one's packages, all but Fusewire itself."""
-        lent = self.inside("/opt/lent")
+        here, lent = self.inside("/opt/packages"), self.inside("/opt/lent")
+        here.mkdir()
         lent.mkdir()
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        _run("mount", "--bind", sysconfig.get_path("purelib"), here)  # may lie in /tmp, which gets covered
+        for entry in here.iterdir():
             if "fusewire" not in entry.name:
-                (lent / entry.name).symlink_to(entry)
+                (lent / entry.name).symlink_to(f"/opt/packages/{entry.name}")
         (packages,) = self.inside("/opt/fusewire/lib").glob("python*/site-packages")
         (packages / "lent.pth").write_text("import sys; sys.path.insert(0, '/opt/lent')\n")
 
