@@ -1,7 +1,8 @@
 """Serves metrics over HTTP, as Prometheus' text or as OpenMetrics, whichever the scraper asks for.
 
-What a line begins with is made up once and not at every scrape: a scrape of two thousand series takes the
-threads that serve streams a few milliseconds. Knows no metric in particular.
+A line is made up when its value changes and not at every scrape, and a scraper keeps its connection, hence
+its thread: what a scrape of two thousand series takes, the thread that serves streams has to wait for, and
+the other way round. Knows no metric in particular.
 """
 
 import gzip
@@ -25,8 +26,9 @@ QUICKLY = 1
 class Exposition:
     """Writes what a collector knows, for any number of threads.
 
-    Samples are told apart by their place and by their labels' identity: a collector that hands out the same
-    dict of labels for a series every time is written fast, any other one correctly.
+    Samples are told apart by their place, their identity and that of their labels: a collector that hands
+    out the same sample as long as a series does not change, and the same dict of labels when it does, is
+    written fast, any other one correctly.
 
     Args:
         collector: of metrics whose names need no escapes.
@@ -35,8 +37,8 @@ class Exposition:
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
         self._lock = Lock()
-        self._starts: dict[str, list[tuple[Sample, str]]] = {}
-        """By family, samples as they were first seen, and what their lines begin with."""
+        self._written: dict[str, list[tuple[Sample, str, str]]] = {}
+        """By family, each sample as it was last seen, what its line begins with, and the line."""
 
     def write(self, *, openmetrics: bool) -> bytes:
         """Collect, and return the text: of OpenMetrics 1.0 or, else, of Prometheus' format 0.0.4."""
@@ -50,15 +52,17 @@ class Exposition:
         return "".join(parts).encode()
 
     def _lines(self, family: Metric) -> Iterator[str]:
-        starts = self._starts.setdefault(family.name, [])
+        written = self._written.setdefault(family.name, [])
         for place, sample in enumerate(family.samples):
-            if place == len(starts):
-                starts.append((sample, _start(sample)))
-            known, start = starts[place]
-            if known.labels is not sample.labels or known.name != sample.name:
-                start = _start(sample)
-                starts[place] = sample, start
-            yield f"{start} {floatToGoString(sample.value) if sample.value else '0.0'}\n"
+            if place == len(written):
+                written.append((sample, start := _start(sample), _line(start, sample)))
+            known, start, line = written[place]
+            if known is not sample:
+                if known.labels is not sample.labels or known.name != sample.name:
+                    start = _start(sample)
+                line = _line(start, sample)
+                written[place] = sample, start, line
+            yield line
 
 
 def _heading(family: Metric, *, openmetrics: bool) -> str:
@@ -73,6 +77,10 @@ def _heading(family: Metric, *, openmetrics: bool) -> str:
 def _start(sample: Sample) -> str:
     labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sorted(sample.labels.items()))
     return f"{sample.name}{{{labels}}}" if labels else sample.name
+
+
+def _line(start: str, sample: Sample) -> str:
+    return f"{start} {floatToGoString(sample.value)}\n"
 
 
 def _escape(value: str) -> str:
@@ -119,11 +127,14 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request."""
+    """Answers the requests of one connection."""
 
     exposition: ClassVar[Exposition]
-    timeout = 10
-    """Seconds that a client may be silent."""
+    protocol_version = "HTTP/1.1"  # connections are kept
+    disable_nagle_algorithm = True
+    wbufsize = 1 << 16
+    timeout = 120
+    """Seconds that a client may be silent; more than the usual intervals of scrapes."""
 
     def do_GET(self) -> None:
         """Send the metrics, whatever the path."""

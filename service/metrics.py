@@ -5,7 +5,6 @@ from the start, at 0. No label holds a user's or a request's name. Knows neither
 the engine, only the messages that the engine sends.
 """
 
-import collections
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
@@ -123,7 +122,7 @@ class RequestMetrics:
             self._requests["inter_token_latency"][report.kernel_mode].observe_all(gaps)
         if len(request_ids) == len(report.events):
             return
-        for event in report.events:
+        for event in [event for event in report.events if type(event) is not Token]:
             if type(event) is Ended:
                 self._gaps.forget(event.request_id)
             elif type(event) is Scheduled:
@@ -248,24 +247,34 @@ class _EngineMetrics:
         self._prefill_tokens, self._decode_tokens = batch.labels("prefill"), batch.labels("decode")
         self.restarts = make.counter("engine_restarts", "Times the engine died and was started again")
         self._preemptions = make.counter("preemptions", "Times a request lost its KV cache, to be recomputed")
-        self._running = make.gauge("requests_running", "Requests that hold KV cache")
-        self._waiting = make.gauge("requests_waiting", "Requests that wait for KV cache, preempted ones too")
-        self._kv_usage = make.gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use")
         self._up = make.gauge("engine_up", "Whether the engine can take requests")
-        self._last_step = make.gauge("last_step_timestamp_seconds", "When the last step ended, in Unix time")
+        self._load: StepReport | None = None
+        """The newest report, of which a scrape reads what stands at this moment."""
+        self._last_step = 0.0
+        make.gauge("requests_running", "Requests that hold KV cache").set_function(
+            lambda: self._load.running if self._load else 0
+        )
+        make.gauge("requests_waiting", "Requests that wait for KV cache, preempted ones too").set_function(
+            lambda: self._load.waiting if self._load else 0
+        )
+        make.gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use").set_function(
+            lambda: self._load.kv_usage if self._load else 0
+        )
+        make.gauge("last_step_timestamp_seconds", "When the last step ended, in Unix time").set_function(
+            lambda: self._last_step
+        )
 
     def observe(self, report: StepReport) -> None:
-        self._running.set(report.running)
-        self._waiting.set(report.waiting)
-        self._kv_usage.set(report.kv_usage)
-        self._preemptions.inc(report.preemptions)
+        self._load = report
+        if report.preemptions:
+            self._preemptions.inc(report.preemptions)
         if report.phase is None:
             return
         kind = report.phase, report.kernel_mode
         self._steps[kind].observe(report.duration)
         if report.device_seconds is not None:
             self._device[kind].observe(report.device_seconds)
-        self._last_step.set_to_current_time()
+        self._last_step = time.time()
         if report.prefill_tokens:
             self._prefill_tokens.observe(report.prefill_tokens)
         if report.decode_tokens:
@@ -273,8 +282,7 @@ class _EngineMetrics:
 
     def observe_engine(self, up: bool) -> None:
         self._up.set(up)
-        for gauge in (self._running, self._waiting, self._kv_usage):
-            gauge.set(0)
+        self._load = None
 
 
 class _KernelModeMetrics:
@@ -345,9 +353,10 @@ class _TokenGaps:
         same = len(request_ids) - len(others)
         if same < len(self._newest):
             self._times.update(dict.fromkeys(self._newest - request_ids, self._newest_time))
-        gaps = collections.Counter({now - self._newest_time: same} if same else {})
+        gaps = {now - self._newest_time: same} if same else {}
         for request_id in others & self._times.keys():
-            gaps[now - self._times.pop(request_id)] += 1
+            gap = now - self._times.pop(request_id)
+            gaps[gap] = gaps.get(gap, 0) + 1
         self._newest, self._newest_time = request_ids, now
         return gaps
 
@@ -433,7 +442,7 @@ def _request_histograms(make: "_Maker", model_name: str) -> dict[str, dict[str, 
 
 
 class _Steady(MetricWrapperBase):
-    """Names its series once and not at every scrape, which then takes a quarter of the time."""
+    """Makes its samples when they change and not at every scrape, which then takes a fraction of the time."""
 
     def collect(self) -> Iterable[Metric]:
         """Read every series."""
@@ -442,7 +451,7 @@ class _Steady(MetricWrapperBase):
         return [family]
 
     def read(self) -> Iterable[Sample]:
-        """The samples of one combination of labels, with the same dicts of labels every time."""
+        """The samples of one combination of labels: the same ones until they change, labels for ever."""
         raise NotImplementedError
 
     def _children(self) -> Iterable["_Steady"]:
@@ -460,30 +469,49 @@ class _Steady(MetricWrapperBase):
 class _Counter(_Steady, Counter):
     """A counter."""
 
+    _last: tuple[Sample]
+
     def read(self) -> Iterable[Sample]:
         """The one sample."""
-        return (Sample(f"{self._name}_total", self._own_labels, self._value.get()),)
+        if (value := self._value.get()) != self._last[0].value:
+            self._last = (Sample(self._last[0].name, self._own_labels, value),)
+        return self._last
+
+    def _metric_init(self) -> None:
+        super()._metric_init()
+        self._last = (Sample(f"{self._name}_total", self._own_labels, 0.0),)
 
 
 class _Histogram(_Steady, Histogram):
     """A histogram that takes many values for little more than the price of one."""
 
+    _changes = 0
+    _changes_read = -1
+    _last: list[Sample]
+
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         """Observe an amount; there are no exemplars here."""
         self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
         self._sum.inc(amount)
+        self._changes += 1
 
     def observe_all(self, amounts: Mapping[float, int]) -> None:
-        """Observe every amount as often as it says; those of one bucket are counted there at once."""
-        buckets: collections.Counter[int] = collections.Counter()
+        """Observe every amount as often as it says."""
+        total = 0.0
         for amount, number in amounts.items():
-            buckets[bisect_left(self._upper_bounds, amount)] += number
-        for bucket, number in buckets.items():
-            self._buckets[bucket].inc(number)
-        self._sum.inc(sum(amount * number for amount, number in amounts.items()))
+            self._buckets[bisect_left(self._upper_bounds, amount)].inc(number)
+            total += amount * number
+        self._sum.inc(total)
+        self._changes += 1
 
     def read(self) -> Iterable[Sample]:
         """Buckets, count and sum."""
+        if self._changes != self._changes_read:
+            self._changes_read = self._changes  # before the values: a change meanwhile is read next time
+            self._last = self._samples()
+        return self._last
+
+    def _samples(self) -> list[Sample]:
         bucket_name, count_name, sum_name = self._sample_names
         counts = accumulate(bucket.get() for bucket in self._buckets)
         samples = [Sample(bucket_name, *pair) for pair in zip(self._bucket_labels, counts, strict=True)]

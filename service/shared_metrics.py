@@ -7,6 +7,7 @@ most of the cost. Only counters and histograms are shared so. Knows no metric in
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from struct import Struct, unpack_from
@@ -39,48 +40,58 @@ class Scrape:
         for family in self._own.collect():
             yield self._add(family, theirs[family.name]) if family.name in theirs else family
 
-    def _add(self, own: Metric, theirs: list[Sample]) -> Metric:
+    def _add(self, own: Metric, theirs: "_Counts") -> Metric:
         pairing = self._pairings.get(own.name)
         if pairing is None or not pairing.fits(own.samples, theirs):
-            pairing = self._pairings[own.name] = _Pairing.of(own.samples, theirs)
+            pairing = self._pairings[own.name] = _Pairing(own.samples, theirs.series)
         total = Metric(own.name, own.documentation, own.type)
-        total.samples = pairing.add(own.samples, theirs)
+        total.samples = pairing.add(own.samples, theirs.values)
         return total
 
 
-class _Pair(NamedTuple):
-    """Where one series is in two lists; -1 where it is not."""
+class _Series(NamedTuple):
+    """What tells one series from the others."""
 
     name: str
     labels: dict[str, str]
-    own: int
-    theirs: int
+
+    def key(self) -> tuple[str, frozenset[tuple[str, str]]]:
+        return self.name, frozenset(self.labels.items())
 
 
-class _Pairing(NamedTuple):
+class _Counts(NamedTuple):
+    """One family's series, and their values, in an order that only new series at its end change."""
+
+    series: list[_Series]
+    values: list[float]
+
+
+class _Pairing:
     """Which samples of two lists are of the same series. Both lists only ever grow, by new series."""
 
-    pairs: list[_Pair]
-    lengths: tuple[int, int]
+    def __init__(self, own: list[Sample], theirs: list[_Series]) -> None:
+        places = {series.key(): place for place, series in enumerate(theirs)}
+        pairs = [
+            (place, places.pop(_Series(sample.name, sample.labels).key(), -1))
+            for place, sample in enumerate(own)
+        ]
+        pairs += [(-1, place) for place in places.values()]
+        self._places = pairs  # -1 where a list does not have the series
+        self._lengths = len(own), len(theirs)
+        self._sums = [Sample(*((theirs[right] if left < 0 else own[left])[:2]), 0.0) for left, right in pairs]
 
-    @classmethod
-    def of(cls, own: list[Sample], theirs: list[Sample]) -> "_Pairing":
-        places = {_series(sample): place for place, sample in enumerate(theirs)}
-        pairs = [_Pair(s.name, s.labels, place, places.pop(_series(s), -1)) for place, s in enumerate(own)]
-        pairs += [_Pair(theirs[place].name, theirs[place].labels, -1, place) for place in places.values()]
-        return cls(pairs, (len(own), len(theirs)))
+    def fits(self, own: list[Sample], theirs: _Counts) -> bool:
+        return self._lengths == (len(own), len(theirs.series))
 
-    def fits(self, own: list[Sample], theirs: list[Sample]) -> bool:
-        return self.lengths == (len(own), len(theirs))
-
-    def add(self, own: list[Sample], theirs: list[Sample]) -> list[Sample]:
+    def add(self, own: list[Sample], theirs: list[float]) -> list[Sample]:
+        """The sums; a sample is the same one as long as its value is."""
         left = [sample.value for sample in own] + [0.0]  # the last one is at -1
-        right = [sample.value for sample in theirs] + [0.0]
-        return [Sample(name, labels, left[i] + right[j]) for name, labels, i, j in self.pairs]
-
-
-def _series(sample: Sample) -> tuple[str, frozenset[tuple[str, str]]]:
-    return sample.name, frozenset(sample.labels.items())
+        right = [*theirs, 0.0]
+        sums = self._sums
+        for place, (i, j) in enumerate(self._places):
+            if sums[place].value != (value := left[i] + right[j]):
+                sums[place] = Sample(sums[place].name, sums[place].labels, value)
+        return sums.copy()
 
 
 class _WorkerCounts:
@@ -90,11 +101,12 @@ class _WorkerCounts:
         self._folder = folder
         self._files: dict[Path, _CountFile] = {}
         self._families: dict[str, list[_Child]] = {}
+        self._series: dict[str, list[_Series]] = {}
         self._known = 0
         """How many keys `_families` was made of; keys only ever come."""
 
-    def read(self) -> dict[str, list[Sample]]:
-        """Samples of every family, in an order that only new series at the end of a family change."""
+    def read(self) -> dict[str, _Counts]:
+        """The sums of every family."""
         totals: dict[str, float] = {}
         for path in sorted(self._folder.glob("*.db")):
             if not path.stat().st_size:  # is being made
@@ -104,8 +116,12 @@ class _WorkerCounts:
                 totals[key] = totals.get(key, 0.0) + value
         if len(totals) != self._known:
             self._families, self._known = _children(totals), len(totals)
+            self._series = {
+                name: [series for child in children for series in child.series()]
+                for name, children in self._families.items()
+            }
         return {
-            name: [sample for child in children for sample in child.samples(totals)]
+            name: _Counts(self._series[name], [value for child in children for value in child.values(totals)])
             for name, children in self._families.items()
         }
 
@@ -157,15 +173,16 @@ class _Child(NamedTuple):
     buckets: tuple[tuple[dict[str, str], str], ...] = ()
     """Labels and key of each bucket of a histogram, ascending."""
 
-    def samples(self, totals: dict[str, float]) -> list[Sample]:
-        """What the exposition says of it; files count each value in one bucket, and here in all above too."""
-        samples, count = [], 0.0
-        for labels, key in self.buckets:
-            count += totals[key]
-            samples.append(Sample(self.bucket_name, labels, count))
-        if self.buckets:
-            samples.append(Sample(self.count_name, self.labels, count))
-        return [*samples, Sample(self.name, self.labels, totals.get(self.key, 0.0))]
+    def series(self) -> list[_Series]:
+        """What the exposition says of it."""
+        buckets = [_Series(self.bucket_name, labels) for labels, _ in self.buckets]
+        count = [_Series(self.count_name, self.labels)] if self.buckets else []
+        return [*buckets, *count, _Series(self.name, self.labels)]
+
+    def values(self, totals: dict[str, float]) -> list[float]:
+        """Of each series; files count a value in one bucket, which is here in all above too."""
+        counts = list(accumulate([totals[key] for _, key in self.buckets]))
+        return [*counts, *counts[-1:], totals.get(self.key, 0.0)]
 
 
 def _children(keys: Iterable[str]) -> dict[str, list[_Child]]:

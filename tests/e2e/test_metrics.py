@@ -1,6 +1,8 @@
 """What /metrics and the timings of requests say of a real server, held against what its clients see."""
 
+import asyncio
 import os
+import random
 import signal
 import statistics
 import threading
@@ -15,8 +17,9 @@ import grpc
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from fusewire.v1.generation_pb2_grpc import GenerationServiceStub
 from fusewire.v1.kernel_pb2 import KERNEL_MODE_UNFUSED, KernelMode
-from tests.tools.server_process import ServerProcess
+from tests.tools.server_process import PacedServer, ServerProcess
 from tests.tools.streams import greedy, stream
 
 ALLOWED_SHARE, ALLOWED_SECONDS = 0.02, 0.002
@@ -156,6 +159,42 @@ def test_scrapes_are_answered_while_the_engine_is_killed_and_comes_back(
         assert names[0] == names[-1], "the restart left other series"
 
 
+def test_ten_thousand_requests_of_random_ids_leave_the_series_of_ten(tmp_path: Path) -> None:
+    source = random.Random(0)
+    with PacedServer(tmp_path / "log", "--frontends", "2") as server:
+        send_random_ids(server, source, 10)
+        wait_until_told_up(server)
+        before = series_of(scrape(server))
+        send_random_ids(server, source, 9990)
+        body = scrape(server)
+    assert value_of(body, 'fusewire_requests_finished_total{finish_reason="length"}') == 10_000
+    assert series_of(body) == before
+
+
+def send_random_ids(server: ServerProcess, source: random.Random, count: int) -> None:
+    """Have so many requests answered by one token each, 64 at a time."""
+
+    async def send_all() -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = GenerationServiceStub(channel)
+
+            async def send_some(number: int) -> None:
+                for _ in range(number):
+                    name = f"{source.getrandbits(64):x}"
+                    asked = greedy("Once", 1)
+                    asked.client_request_id = asked.cache.salt = name
+                    await stub.Generate(asked, metadata=(("x-request-id", name),), timeout=60)
+
+            await asyncio.gather(*(send_some(len(range(lane, count, 64))) for lane in range(64)))
+
+    asyncio.run(send_all())
+
+
+def series_of(body: bytes) -> set[bytes]:
+    """The name and the labels of each series."""
+    return {line.rpartition(b" ")[0] for line in body.splitlines() if not line.startswith(b"#")}
+
+
 def wait_until_told_up(server: ServerProcess) -> None:
     """The scraped process has the engine's reports by a connection of its own, later than the others may."""
     end = time.monotonic() + 10
@@ -164,6 +203,6 @@ def wait_until_told_up(server: ServerProcess) -> None:
 
 
 def value_of(body: bytes, name: str) -> float:
-    """The value of a metric without labels."""
+    """The value of a series, named as it is written."""
     line = next(line for line in body.decode().splitlines() if line.startswith(f"{name} "))
     return float(line.split()[1])

@@ -3,6 +3,7 @@
 import gzip
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPConnection
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -98,6 +99,18 @@ def test_a_scrape_is_compressed_for_who_can_read_that(server: MetricsServer) -> 
     plain, _ = scrape(server)
     compressed, _ = scrape(server, Accept_Encoding="gzip, deflate")
     assert compressed == plain
+
+
+def test_a_connection_is_kept_and_tells_what_changed(server: MetricsServer, metrics: Metrics) -> None:
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for seen in (3, 3, 5):
+        if seen == 5:
+            metrics.observe_step(StepReport(2, "decode", KernelMode.FUSED, 1e-3, 0, 2, 1, 1, 0.5, 2, []))
+        connection.request("GET", "/metrics")
+        reply = connection.getresponse()
+        assert f"\nfusewire_preemptions_total {seen}.0\n".encode() in reply.read()
+        assert not reply.will_close
+    connection.close()
 
 
 def test_a_port_in_use_is_an_error(server: MetricsServer) -> None:
