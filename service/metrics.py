@@ -60,6 +60,8 @@ CODES = {
 PATHS = (*(mode.value for mode in KernelMode), "mixed")
 SHADOW_RESULTS = {"passed": True, "failed": False}
 REJECTIONS = ("queue_full", "draining", "engine_unavailable")
+IDLE = StepReport(0, None, KernelMode.FUSED, 0.0, 0, 0, 0, 0, 0.0, 0, [])
+"""What an engine that has not reported yet would report."""
 
 
 class RequestAccount(NamedTuple):
@@ -248,17 +250,15 @@ class _EngineMetrics:
         self.restarts = make.counter("engine_restarts", "Times the engine died and was started again")
         self._preemptions = make.counter("preemptions", "Times a request lost its KV cache, to be recomputed")
         self._up = make.gauge("engine_up", "Whether the engine can take requests")
-        self._load: StepReport | None = None
+        self._load = IDLE
         """The newest report, of which a scrape reads what stands at this moment."""
         self._last_step = 0.0
-        make.gauge("requests_running", "Requests that hold KV cache").set_function(
-            lambda: self._load.running if self._load else 0
-        )
+        make.gauge("requests_running", "Requests that hold KV cache").set_function(lambda: self._load.running)
         make.gauge("requests_waiting", "Requests that wait for KV cache, preempted ones too").set_function(
-            lambda: self._load.waiting if self._load else 0
+            lambda: self._load.waiting
         )
         make.gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use").set_function(
-            lambda: self._load.kv_usage if self._load else 0
+            lambda: self._load.kv_usage
         )
         make.gauge("last_step_timestamp_seconds", "When the last step ended, in Unix time").set_function(
             lambda: self._last_step
@@ -282,7 +282,7 @@ class _EngineMetrics:
 
     def observe_engine(self, up: bool) -> None:
         self._up.set(up)
-        self._load = None
+        self._load = IDLE
 
 
 class _KernelModeMetrics:
@@ -486,8 +486,8 @@ class _Histogram(_Steady, Histogram):
     """A histogram that takes many values for little more than the price of one."""
 
     _changes = 0
-    _changes_read = -1
-    _last: list[Sample]
+    _last: tuple[int, Iterable[Sample]] = (-1, ())
+    """How many changes there had been when the samples were made, and they; set as one, for any thread."""
 
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         """Observe an amount; there are no exemplars here."""
@@ -506,10 +506,12 @@ class _Histogram(_Steady, Histogram):
 
     def read(self) -> Iterable[Sample]:
         """Buckets, count and sum."""
-        if self._changes != self._changes_read:
-            self._changes_read = self._changes  # before the values: a change meanwhile is read next time
-            self._last = self._samples()
-        return self._last
+        changes, samples = self._last
+        if changes != self._changes:
+            changes = self._changes  # before the values: a change meanwhile is read next time
+            samples = self._samples()
+            self._last = changes, samples
+        return samples
 
     def _samples(self) -> list[Sample]:
         bucket_name, count_name, sum_name = self._sample_names

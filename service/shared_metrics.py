@@ -6,11 +6,12 @@ most of the cost. Only counters and histograms are shared so. Knows no metric in
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from struct import Struct, unpack_from
+from threading import Lock
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
@@ -21,8 +22,8 @@ from prometheus_client.samples import Sample
 class Scrape:
     """One exposition of this process's metrics and those of the workers that keep theirs in files.
 
-    A worker leaves its counts behind when it dies, so no series ever goes back. To be collected by one
-    thread at a time.
+    A worker leaves its counts behind when it dies, so no series ever goes back. Threads that collect take
+    turns.
 
     Args:
         own: the registry of this process; has every family that the workers have.
@@ -33,12 +34,16 @@ class Scrape:
         self._own = own
         self._workers = _WorkerCounts(folder)
         self._pairings: dict[str, _Pairing] = {}
+        self._lock = Lock()
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> list[Metric]:
         """Read every metric."""
-        theirs = self._workers.read()
-        for family in self._own.collect():
-            yield self._add(family, theirs[family.name]) if family.name in theirs else family
+        with self._lock:
+            theirs = self._workers.read()
+            return [
+                self._add(family, theirs[family.name]) if family.name in theirs else family
+                for family in self._own.collect()
+            ]
 
     def _add(self, own: Metric, theirs: "_Counts") -> Metric:
         pairing = self._pairings.get(own.name)
@@ -70,15 +75,13 @@ class _Pairing:
     """Which samples of two lists are of the same series. Both lists only ever grow, by new series."""
 
     def __init__(self, own: list[Sample], theirs: list[_Series]) -> None:
+        mine = [_Series(sample.name, sample.labels) for sample in own]
         places = {series.key(): place for place, series in enumerate(theirs)}
-        pairs = [
-            (place, places.pop(_Series(sample.name, sample.labels).key(), -1))
-            for place, sample in enumerate(own)
-        ]
+        pairs = [(place, places.pop(series.key(), -1)) for place, series in enumerate(mine)]
         pairs += [(-1, place) for place in places.values()]
         self._places = pairs  # -1 where a list does not have the series
         self._lengths = len(own), len(theirs)
-        self._sums = [Sample(*((theirs[right] if left < 0 else own[left])[:2]), 0.0) for left, right in pairs]
+        self._sums = [Sample(*(theirs[right] if left < 0 else mine[left]), 0.0) for left, right in pairs]
 
     def fits(self, own: list[Sample], theirs: _Counts) -> bool:
         return self._lengths == (len(own), len(theirs.series))
