@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -88,8 +87,7 @@ def run_streams(server: ServerProcess, requests: list[pb.GenerateRequest]) -> di
 
 
 def metric_lines(server: ServerProcess) -> list[str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10) as reply:
-        return [line for line in reply.read().decode().splitlines() if line.startswith(METRICS)]
+    return [line for line in server.scrape().decode().splitlines() if line.startswith(METRICS)]
 
 
 def print_step_means(lines: list[str]) -> None:

@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +38,7 @@ time.sleep(60)
 
 def counters(server: ServerProcess) -> dict[str, Counter[str]]:
     """What each counter family holds, by RPC or by finish reason."""
-    url = f"http://127.0.0.1:{server.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        families = list(text_string_to_metric_families(reply.read().decode()))
+    families = list(text_string_to_metric_families(server.scrape().decode()))
     wanted = {
         "grpc_server_started_total": "grpc_method",
         "grpc_server_handled_total": "grpc_method",
@@ -56,9 +53,7 @@ def counters(server: ServerProcess) -> dict[str, Counter[str]]:
 
 def series(server: ServerProcess) -> int:
     """How many lines a scrape has."""
-    url = f"http://127.0.0.1:{server.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as reply:
-        return len(reply.read().splitlines())
+    return len(server.scrape().splitlines())
 
 
 def is_balanced(server: ServerProcess) -> bool:

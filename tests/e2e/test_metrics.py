@@ -7,7 +7,6 @@ import signal
 import statistics
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,12 +27,7 @@ CROWDED = ("--max-context", "512", "--kv-tokens", "512", "--max-step-tokens", "6
 
 
 def scrape(server: ServerProcess) -> bytes:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.metrics_port}/metrics", headers={"Accept": "application/openmetrics-text"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        body: bytes = reply.read()
-    return body
+    return server.scrape("application/openmetrics-text")
 
 
 class Timing(NamedTuple):

@@ -119,10 +119,17 @@ class ServerProcess:
         """A connection of its own to the public port; the caller closes it."""
         return grpc.insecure_channel(f"127.0.0.1:{self.port}", [("grpc.use_local_subchannel_pool", 1)])
 
+    def scrape(self, accept: str = "text/plain") -> bytes:
+        """What /metrics answers to who accepts this type."""
+        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        asked = urllib.request.Request(url, headers={"Accept": accept})
+        with urllib.request.urlopen(asked, timeout=10) as reply:
+            body: bytes = reply.read()
+        return body
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of a metric that carry these labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as reply:
-            families = text_string_to_metric_families(reply.read().decode())
+        families = text_string_to_metric_families(self.scrape().decode())
         samples = [sample for family in families for sample in family.samples if sample.name == name]
         assert samples, f"no metric {name}"
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
