@@ -7,7 +7,6 @@ killed. Run as a module, this file is that child.
 
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from fusewire.service.client import (
     Connection,
     time_per_output_token,
 )
+from fusewire.service.loopback import free_ports
 from fusewire.service.terminal import CommandFailed, milliseconds, print_json, stream_answer, write
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2
@@ -217,7 +217,7 @@ def demo_server() -> Iterator[str]:
     Raises:
         CommandFailed: if it ends or does not serve in time; the end of its log is in the message.
     """
-    ports = _free_ports(3)
+    ports = free_ports(3)
     flags = ("--port", "--admin-port", "--metrics-port")
     options = [text for flag, port in zip(flags, ports, strict=True) for text in (flag, str(port))]
     with tempfile.TemporaryFile("w+") as log:
@@ -273,16 +273,6 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Find free ports of the loopback interface, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
 
 
 def serve_for_parent(options: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from fusewire.service.metrics import RequestAccount
 from fusewire.service.request_record import RequestRecord
 from fusewire.service.server import Server, StartError
 from fusewire.service.tracing import Tracer, TracingError, open_tracer
+from tests.tools.server_process import free_port
 from tests.tools.spans import KeptSpans, attributes, collector
 
 
@@ -72,14 +72,8 @@ def test_the_standard_variables_are_respected(monkeypatch: pytest.MonkeyPatch) -
         assert there.requests == []
 
 
-def unused_url() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
-
-
 def test_a_collector_that_is_not_there_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    tracer = open_tracer(unused_url())
+    tracer = open_tracer(f"http://127.0.0.1:{free_port()}")
     for _ in range(20):
         trace_one_call(tracer)
     stopping = threading.Thread(target=tracer.stop, args=(0.2,))

@@ -4,7 +4,6 @@ Ports are picked free, output is kept, and nothing is left running.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from fusewire.service.loopback import free_ports
 from fusewire.v1 import (
     admin_pb2_grpc,
     generation_pb2_grpc,
@@ -28,9 +28,7 @@ START_SECONDS = 120
 
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    return free_ports(1)[0]
 
 
 def stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
@@ -49,7 +47,7 @@ class ServerProcess:
     command: tuple[str, ...] = ("fusewire.service.cli", "serve")
 
     def __init__(self, log: Path, *options: str, wait: bool = True) -> None:
-        self.port, self.admin_port, self.metrics_port = free_port(), free_port(), free_port()
+        self.port, self.admin_port, self.metrics_port = free_ports(3)
         self.log = log
         self._wait = wait
         self._options = options
