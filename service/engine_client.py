@@ -23,7 +23,6 @@ from fusewire.service.messages import (
     CancelReply,
     CancelRequest,
     EndAll,
-    Ended,
     EndReason,
     EngineReady,
     Examine,
@@ -241,6 +240,8 @@ class EngineClient:
             case StepReport(events=events):
                 for event in events:
                     self._deliver(event)
+                for ended in events.ended:
+                    self._requests.pop(ended.request_id, None)
                 self._on_report(message)
             case (
                 KernelModeReply(call_id=call_id)
@@ -260,11 +261,8 @@ class EngineClient:
 
     def _deliver(self, event: RequestEvent) -> None:
         events = self._requests.get(event.request_id)
-        if events is None:
-            return
-        if type(event) is Ended:
-            del self._requests[event.request_id]
-        events.put(event)
+        if events is not None:
+            events.put(event)
 
     def _disconnect(self) -> None:
         if self._transport is not None:

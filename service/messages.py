@@ -9,6 +9,8 @@ number) and exactly one `Ended`, whatever happened, unless the engine dies: then
 """
 
 import struct
+from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 import msgspec
@@ -205,7 +207,7 @@ class EngineReady(_Message, frozen=True):
     max_step_tokens: int
 
 
-class Scheduled(_Message, frozen=True):
+class Scheduled(msgspec.Struct, frozen=True, array_like=True):
     """The request left the queue for the first time."""
 
     request_id: str
@@ -216,7 +218,7 @@ class Scheduled(_Message, frozen=True):
     """Tokens of the prompt that were looked up: all of them, or none if the cache is off."""
 
 
-class Token(_Message, frozen=True):
+class Token(msgspec.Struct, frozen=True, array_like=True):
     """One generated token, the one that ends the answer included."""
 
     request_id: str
@@ -226,7 +228,7 @@ class Token(_Message, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Ended(_Message, frozen=True):
+class Ended(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a request. Its blocks are free."""
 
     request_id: str
@@ -243,6 +245,21 @@ class Ended(_Message, frozen=True):
 
 
 RequestEvent = Scheduled | Token | Ended
+
+
+class Events(msgspec.Struct, frozen=True, array_like=True):
+    """What happened to requests of one front end; to each of them in this order.
+
+    A list for each kind, since nearly all are tokens and nobody has to tell those from others.
+    """
+
+    scheduled: list[Scheduled] = []
+    tokens: list[Token] = []
+    ended: list[Ended] = []
+
+    def __iter__(self) -> Iterator[RequestEvent]:
+        """All of them, no request's out of order."""
+        return chain(self.scheduled, self.tokens, self.ended)
 
 
 class QKTiming(msgspec.Struct, frozen=True, array_like=True):
@@ -265,7 +282,7 @@ class ShadowCheck(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepReport(_Message, frozen=True):
-    """What one step did, and the events it caused for this connection. `events` may be empty."""
+    """What one step did, and the events it caused for this connection, if any."""
 
     step: int
     phase: Phase | None
@@ -281,7 +298,7 @@ class StepReport(_Message, frozen=True):
     kv_usage: float
     preemptions: int
     """Preemptions since the last report."""
-    events: list[RequestEvent]
+    events: Events
     timings: tuple[QKTiming, ...] = ()
     """Of earlier steps, known now."""
     checks: tuple[ShadowCheck, ...] = ()

@@ -20,16 +20,14 @@ from prometheus_client.utils import floatToGoString
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.observations import RowPhase
 from fusewire.service.messages import (
-    Ended,
     EndReason,
     EngineReady,
+    Events,
     KernelPath,
     Phase,
     Routing,
-    Scheduled,
     ShadowCheck,
     StepReport,
-    Token,
 )
 
 # fmt: off
@@ -60,7 +58,7 @@ CODES = {
 PATHS = (*(mode.value for mode in KernelMode), "mixed")
 SHADOW_RESULTS = {"passed": True, "failed": False}
 REJECTIONS = ("queue_full", "draining", "engine_unavailable")
-IDLE = StepReport(0, None, KernelMode.FUSED, 0.0, 0, 0, 0, 0, 0.0, 0, [])
+IDLE = StepReport(0, None, KernelMode.FUSED, 0.0, 0, 0, 0, 0, 0.0, 0, Events())
 """What an engine that has not reported yet would report."""
 
 
@@ -116,20 +114,16 @@ class RequestMetrics:
 
     def observe_step(self, report: StepReport) -> None:
         """Take in one report of the engine: the tokens that it brought to this front end's requests."""
-        request_ids = {event.request_id for event in report.events if type(event) is Token}
-        if request_ids:
-            now = next(event.time for event in report.events if type(event) is Token)
-            gaps = self._gaps.take(request_ids, now)
-            self._generation_tokens.inc(len(request_ids))
+        events = report.events
+        if events.tokens:
+            gaps = self._gaps.take({token.request_id for token in events.tokens}, events.tokens[0].time)
+            self._generation_tokens.inc(len(events.tokens))
             self._requests["inter_token_latency"][report.kernel_mode].observe_all(gaps)
-        if len(request_ids) == len(report.events):
-            return
-        for event in [event for event in report.events if type(event) is not Token]:
-            if type(event) is Ended:
-                self._gaps.forget(event.request_id)
-            elif type(event) is Scheduled:
-                self._cache_queries.inc(event.queried_tokens)
-                self._cache_hits.inc(event.cached_tokens)
+        for ended in events.ended:
+            self._gaps.forget(ended.request_id)
+        for scheduled in events.scheduled:
+            self._cache_queries.inc(scheduled.queried_tokens)
+            self._cache_hits.inc(scheduled.cached_tokens)
 
     def observe_engine(self, ready: EngineReady | None) -> None:
         """Take in that the engine has become usable, or is gone (None)."""

@@ -27,13 +27,11 @@ from fusewire.service.engine.channel import Change, Connection
 from fusewire.service.engine.engine import Engine, Runner
 from fusewire.service.messages import (
     AddRequest,
-    Ended,
     EndReason,
     EngineReady,
     FinishRequest,
     FromEngine,
     StepReport,
-    Token,
 )
 from fusewire.service.model_source import DEMO_NAME, find_folder
 
@@ -83,11 +81,10 @@ class FrontEnd:
             self.ready = message
         elif isinstance(message, StepReport):
             self.steps += message.phase is not None
-            for event in message.events:
-                if isinstance(event, Token):
-                    self.streams[event.request_id].times.append(now)
-                elif isinstance(event, Ended):
-                    self.streams.pop(event.request_id).ended = event.reason
+            for token in message.events.tokens:
+                self.streams[token.request_id].times.append(now)
+            for ended in message.events.ended:
+                self.streams.pop(ended.request_id).ended = ended.reason
 
     def close(self) -> None:
         """Nothing is open."""

@@ -33,6 +33,7 @@ from fusewire.service.messages import (
     CancelRequest,
     EndAll,
     EngineReady,
+    Events,
     Examine,
     ExamineReply,
     FinishRequest,
@@ -41,7 +42,6 @@ from fusewire.service.messages import (
     QKTiming,
     RearmGuard,
     Refusal,
-    RequestEvent,
     SetKernelMode,
     ShadowCheck,
     StepReport,
@@ -327,7 +327,7 @@ class Engine:
         preemptions = self._scheduler.preemptions - self._reported_preemptions
         self._reported_preemptions += preemptions
         for connection in self._connections:
-            report = self._report(events_of.get(connection, []))
+            report = self._report(events_of.get(connection, Events()))
             connection.send(
                 msgspec.structs.replace(
                     report,
@@ -344,7 +344,7 @@ class Engine:
                 )
             )
 
-    def _report(self, events: list[RequestEvent]) -> StepReport:
+    def _report(self, events: Events) -> StepReport:
         scheduler = self._scheduler
         return StepReport(
             step=self._step,

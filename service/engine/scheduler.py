@@ -23,7 +23,7 @@ from fusewire.service.engine.prefix_cache import PrefixCache, PrefixChain
 from fusewire.service.engine.queues import Deadlines, RankedRequests, WaitingRequests
 from fusewire.service.engine.request import NO_SEAT, Request, Run
 from fusewire.service.engine.step_time import MIN_CHUNK, StepTimes
-from fusewire.service.messages import EndReason, RequestEvent, Scheduled, Token
+from fusewire.service.messages import EndReason, Events, Scheduled, Token
 
 MODES = tuple(KernelMode)
 TURNS = {mode: MODES[at + 1 :] + MODES[: at + 1] for at, mode in enumerate(MODES)}
@@ -72,7 +72,7 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._live_by_mode: Counter[KernelMode] = Counter()
         self._deadlines = Deadlines()
-        self._events: defaultdict[Connection, list[RequestEvent]] = defaultdict(list)
+        self._events: defaultdict[Connection, Events] = defaultdict(Events)
         self._runs: dict[tuple[KernelMode, str], tuple[Run, Run]] = {}
 
     # ---- requests come and go ----
@@ -127,9 +127,9 @@ class Scheduler:
         for request in self._deadlines.passed(now, self._live):
             self._end(request, "time_limit")
 
-    def take_events(self) -> dict[Connection, list[RequestEvent]]:
-        """Hand over what has happened since the last call, in order, by whom it concerns."""
-        events, self._events = self._events, defaultdict(list)
+    def take_events(self) -> dict[Connection, Events]:
+        """Hand over what has happened since the last call, by whom it concerns."""
+        events, self._events = self._events, defaultdict(Events)
         return events
 
     # ---- planning ----
@@ -266,7 +266,7 @@ class Scheduler:
             request.was_scheduled = True
             asked = 0 if request.chain is None else len(request.tokens)
             scheduled = Scheduled(request.spec.request_id, now, request.computed, asked)
-            self._events[request.owner].append(scheduled)
+            self._events[request.owner].scheduled.append(scheduled)
 
     # ---- results ----
 
@@ -318,7 +318,7 @@ class Scheduler:
         token_id = sample.token_id
         request.note_token(token_id)
         token = Token(request.spec.request_id, token_id, now, sample.logprob, sample.top)
-        self._events[request.owner].append(token)
+        self._events[request.owner].tokens.append(token)
         if token_id in request.ending_ids:
             reason: EndReason = "stop" if token_id in request.spec.stop_ids else "eos"
             self._end(request, reason, stop_id=token_id)
@@ -332,7 +332,7 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self._release(request)
-        self._events[request.owner].append(request.end(reason, stop_id))
+        self._events[request.owner].ended.append(request.end(reason, stop_id))
 
     def _release(self, request: Request) -> None:
         """Take seat and blocks back; what is on its way to the device for them comes before what follows."""

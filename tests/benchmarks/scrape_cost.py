@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service.messages import Ended, RequestEvent, StepReport, Token
+from fusewire.service.messages import Ended, Events, StepReport, Token
 from fusewire.service.metrics import Metrics, RequestAccount
 from fusewire.service.rpc.front_end import GENERATION
 from fusewire.service.rpc.handlers import Gate, _Endpoint
@@ -188,8 +188,8 @@ def step_report(names: Sequence[str], number: int) -> StepReport:
     """
     ids = ["".join(name) for name in map(list, names)]
     assert len(set(ids)) == len(names)
-    tokens: list[RequestEvent] = [Token(name, 7, 0.004 * number) for name in ids]
-    tokens.append(Ended(names[0], "length", "fused", "fused"))
+    tokens = [Token(name, 7, 0.004 * number) for name in ids]
+    ended = [Ended(names[0], "length", "fused", "fused")]
     return StepReport(
         number,
         "decode",
@@ -201,7 +201,7 @@ def step_report(names: Sequence[str], number: int) -> StepReport:
         0,
         0.5,
         0,
-        tokens,
+        Events(tokens=tokens, ended=ended),
         device_seconds=0.0039,
     )
 

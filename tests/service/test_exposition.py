@@ -12,7 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.exposition import Exposition, MetricsServer
-from fusewire.service.messages import StepReport
+from fusewire.service.messages import Events, StepReport
 from fusewire.service.metrics import Metrics
 
 PROMETHEUS_ACCEPT = ",".join(
@@ -28,7 +28,7 @@ PROMETHEUS_ACCEPT = ",".join(
 def metrics() -> Metrics:
     made = Metrics('a "quoted" \\ name')
     made.rpc.method("unary", "s", "m").observe_handled("OK", 0.25)
-    made.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1e-7, 0, 2, 1, 1, 0.5, 3, []))
+    made.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1e-7, 0, 2, 1, 1, 0.5, 3, Events()))
     return made
 
 
@@ -59,7 +59,9 @@ def test_it_writes_what_the_library_would_before_and_after_changes(metrics: Metr
     written = Exposition(metrics.registry)
     assert_like_the_library(written, metrics.registry)
     metrics.rpc.method("unary", "new", "m").observe_handled("INTERNAL", 3.0)  # more lines in between
-    metrics.observe_step(StepReport(2, "mixed", KernelMode.UNFUSED, 12345678.5, 7, 2, 1, 1, 0.25, 0, []))
+    metrics.observe_step(
+        StepReport(2, "mixed", KernelMode.UNFUSED, 12345678.5, 7, 2, 1, 1, 0.25, 0, Events())
+    )
     assert_like_the_library(written, metrics.registry)
 
 
@@ -105,7 +107,9 @@ def test_a_connection_is_kept_and_tells_what_changed(server: MetricsServer, metr
     connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
     for seen in (3, 3, 5):
         if seen == 5:
-            metrics.observe_step(StepReport(2, "decode", KernelMode.FUSED, 1e-3, 0, 2, 1, 1, 0.5, 2, []))
+            metrics.observe_step(
+                StepReport(2, "decode", KernelMode.FUSED, 1e-3, 0, 2, 1, 1, 0.5, 2, Events())
+            )
         connection.request("GET", "/metrics")
         reply = connection.getresponse()
         assert f"\nfusewire_preemptions_total {seen}.0\n".encode() in reply.read()

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +19,7 @@ from fusewire.model.observations import RowPhase
 from fusewire.service.messages import (
     Ended,
     EndReason,
+    Events,
     GuardState,
     Phase,
     QKTiming,
@@ -78,7 +80,14 @@ def value(metrics: Metrics, name: str, **wanted: str) -> float | None:
     return metrics.registry.get_sample_value(f"fusewire_{name}", wanted)
 
 
-def report(events: list[RequestEvent], **fields) -> StepReport:
+def sorted_out(events: Iterable[RequestEvent]) -> Events:
+    kinds: dict[type, list] = {Scheduled: [], Token: [], Ended: []}
+    for event in events:
+        kinds[type(event)].append(event)
+    return Events(*kinds.values())
+
+
+def report(events: Iterable[RequestEvent], **fields) -> StepReport:
     defaults = {
         "step": 1,
         "phase": "decode",
@@ -91,7 +100,7 @@ def report(events: list[RequestEvent], **fields) -> StepReport:
         "kv_usage": 0.25,
         "preemptions": 0,
     }
-    return StepReport(**(defaults | fields), events=events)
+    return StepReport(**(defaults | fields), events=sorted_out(events))
 
 
 def test_every_metric_is_there_at_zero_before_anything_happens() -> None:
@@ -256,7 +265,7 @@ def test_gaps_between_tokens_are_those_of_each_request() -> None:
 def test_what_the_prefix_cache_is_asked_and_has_is_counted() -> None:
     metrics = Metrics("m")
     scheduled = [Scheduled("a", 0.5, 32, 40), Scheduled("b", 0.5, 0, 10), Scheduled("c", 0.5)]
-    metrics.observe_step(report(list(scheduled)))
+    metrics.observe_step(report(scheduled))
     assert value(metrics, "prefix_cache_query_tokens_total") == 50
     assert value(metrics, "prefix_cache_hit_tokens_total") == 32
 
@@ -356,13 +365,13 @@ def test_many_values_at_once_count_like_one_by_one() -> None:
 WORKER = """
 import sys
 from fusewire.service.metrics import RequestMetrics
-from fusewire.service.messages import StepReport, Token
+from fusewire.service.messages import Events, StepReport, Token
 from fusewire.kernels.modes import KernelMode
 metrics = RequestMetrics("m")
 metrics.observe_rejected("draining")
 metrics.rpc.method("unary", "s", "m").observe_handled("OK", 0.5)
 for at in (1.0, 1.25):
-    events = [Token("a", 7, at)]
+    events = Events(tokens=[Token("a", 7, at)])
     metrics.observe_step(StepReport(1, "decode", KernelMode.FUSED, 1.0, 0, 2, 1, 1, 0.5, 3, events))
 """
 

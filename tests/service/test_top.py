@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Metric
 from fusewire.kernels.modes import KernelMode
 from fusewire.service import cli
 from fusewire.service.exposition import MetricsServer
-from fusewire.service.messages import GuardState, QKTiming, Routing, ShadowCheck, StepReport, Token
+from fusewire.service.messages import Events, GuardState, QKTiming, Routing, ShadowCheck, StepReport, Token
 from fusewire.service.metrics import Metrics, RequestAccount
 from fusewire.service.top import Unreadable, Watch, as_plain, scrape
 from fusewire.service.top_reading import Reading, RequestTimes
@@ -31,7 +31,7 @@ PROCESS_SECONDS = 60
 
 
 def step(phase: str, mode: KernelMode, duration: float, device: float, **fields) -> StepReport:
-    load = {"running": 3, "waiting": 2, "kv_usage": 0.25, "preemptions": 0, "events": []}
+    load = {"running": 3, "waiting": 2, "kv_usage": 0.25, "preemptions": 0, "events": Events()}
     counts = {"prefill_tokens": 0, "decode_tokens": 2}
     return StepReport(
         step=1,
@@ -67,7 +67,15 @@ def plant_an_interval(metrics: Metrics) -> None:
     )
     tokens = [Token("a", 7, 1.0), Token("b", 7, 1.0)]
     metrics.observe_step(
-        step("decode", KernelMode.FUSED, 0.004, 0.003, events=tokens, timings=timings, checks=checks)
+        step(
+            "decode",
+            KernelMode.FUSED,
+            0.004,
+            0.003,
+            events=Events(tokens=tokens),
+            timings=timings,
+            checks=checks,
+        )
     )
     metrics.observe_step(step("decode", KernelMode.FUSED, 0.006, 0.005))
     metrics.observe_step(step("prefill", KernelMode.FUSED, 0.030, 0.029, prefill_tokens=50, decode_tokens=0))

@@ -28,6 +28,7 @@ from fusewire.service.messages import (
     EndAll,
     Ended,
     EngineReady,
+    Events,
     Examine,
     ExamineReply,
     FinishRequest,
@@ -35,7 +36,6 @@ from fusewire.service.messages import (
     GenerationDefaults,
     KernelModeReply,
     ModelInfo,
-    RequestEvent,
     Routing,
     Scheduled,
     SetKernelMode,
@@ -145,29 +145,29 @@ class PacedEngine:
 
     def _run_step(self, now: float) -> None:
         self._step += 1
-        events: dict[socket.socket, list[RequestEvent]] = {sock: [] for sock in self._connections}
+        events = {sock: Events() for sock in self._connections}
         tokens = len(self._streams)
         for request_id, stream in list(self._streams.items()):
-            events[stream.owner] += self._events_of(stream, now)
+            self._advance(stream, now, events[stream.owner])
             if stream.end:
                 del self._streams[request_id]
         for sock, told in events.items():
             self._say(sock, self._report(told, tokens))
 
-    def _events_of(self, stream: Stream, now: float) -> list[RequestEvent]:
+    def _advance(self, stream: Stream, now: float, events: Events) -> None:
         request_id = stream.spec.request_id
-        events: list[RequestEvent] = [] if stream.sent else [Scheduled(request_id, now)]
+        if not stream.sent:
+            events.scheduled.append(Scheduled(request_id, now))
         if not stream.end:
             token_id = self._ids[(self._step * 31 + stream.sent * 17) % len(self._ids)]
-            events.append(Token(request_id, token_id, now))
+            events.tokens.append(Token(request_id, token_id, now))
             stream.sent += 1
             if stream.sent == stream.spec.max_tokens:
                 stream.end = "length"
         if stream.end:
-            events.append(Ended(request_id, stream.end, "fused", "fused", "none", "none"))
-        return events
+            events.ended.append(Ended(request_id, stream.end, "fused", "fused", "none", "none"))
 
-    def _report(self, events: list[RequestEvent], tokens: int) -> StepReport:
+    def _report(self, events: Events, tokens: int) -> StepReport:
         running = len(self._streams)
         return StepReport(
             self._step, "decode", KernelMode.FUSED, self._step_seconds, 0, tokens, running, 0, 0.5, 0, events
