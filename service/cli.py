@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # gRPC's core would write lines of its own to standard error, beside the one that says what failed.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if args.run == "serve" else "NONE")
+    # gRPC's core would write lines of its own to standard error, beside the one that says what failed
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # and what it does after a fork can crash a child that is started while calls run, before its exec.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from fusewire.service.client import CallFailed, UnusableOption
     from fusewire.service.commands import COMMANDS
     from fusewire.service.terminal import CommandFailed

@@ -9,10 +9,11 @@ so that no client hangs. Knows neither gRPC nor tokens' text, and starts no proc
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -23,6 +24,7 @@ from fusewire.service.messages import (
     CancelReply,
     CancelRequest,
     EndAll,
+    EndExamination,
     EndReason,
     EngineReady,
     Examine,
@@ -59,9 +61,10 @@ class RequestEvents:
     What is kept is bounded by the request's own max_tokens. There is one reader.
     """
 
-    __slots__ = ("_failure", "_ready", "_waiter")
+    __slots__ = ("_failure", "_ready", "_waiter", "sent_at")
 
     def __init__(self) -> None:
+        self.sent_at = time.monotonic()
         self._ready: list[RequestEvent] = []
         self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineUnavailable | None = None
@@ -100,6 +103,14 @@ class RequestEvents:
             self._waiter.set_result(None)
 
 
+class _OpenCall(NamedTuple):
+    """A message that the engine is to reply to."""
+
+    message: "SetKernelMode | RearmGuard | Examine | CancelRequest"
+    reply: "asyncio.Future[Any]"
+    sent_at: float
+
+
 class EngineClient:
     """A connection to the engine that outlives the engine's restarts.
 
@@ -125,7 +136,7 @@ class EngineClient:
         self._on_state = on_state
         self._on_routing = on_routing
         self._requests: dict[str, RequestEvents] = {}
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, _OpenCall] = {}
         self._call_ids = itertools.count(1)
         self._transport: asyncio.WriteTransport | None = None
         self._task: asyncio.Task[None] | None = None
@@ -141,6 +152,16 @@ class EngineClient:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._task = None
+
+    @property
+    def owed_since(self) -> float | None:
+        """When the oldest of what the engine has not answered yet was sent; None if it owes nothing.
+
+        A request is answered by its last event, whether or not that was taken.
+        """
+        times = [events.sent_at for events in self._requests.values()]
+        times += [call.sent_at for call in self._calls.values()]
+        return min(times, default=None)
 
     def submit(self, request: AddRequest) -> RequestEvents:
         """Start a request and return its events.
@@ -185,7 +206,10 @@ class EngineClient:
         prompt_len: int,
         qk_tokens: tuple[int, ...] = (),
     ) -> ExamineReply:
-        """Compare two paths on one sequence; see `Examine`. Raises likewise."""
+        """Compare two paths on one sequence; see `Examine`. Raises likewise.
+
+        Whoever does not wait for the reply any more gives the examination up.
+        """
         wish = Examine(next(self._call_ids), left, right, token_ids, prompt_len, qk_tokens)
         reply: ExamineReply = await self._ask(wish)
         return reply
@@ -204,12 +228,23 @@ class EngineClient:
         if self.ready is not None:
             self._send(EndAll(reason))
 
+    def end_examinations(self, why: str) -> None:
+        """Let every examination that waits for its reply fail with `EngineUnavailable`, and give it up."""
+        for call in self._calls.values():
+            if isinstance(call.message, Examine) and not call.reply.done():
+                call.reply.set_exception(EngineUnavailable(why))
+
     async def _ask(self, message: SetKernelMode | RearmGuard | Examine | CancelRequest) -> Any:
         """Send a message and wait for the reply with its call id."""
         self._send(message)
-        reply = self._calls[message.call_id] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[message.call_id] = _OpenCall(message, reply, time.monotonic())
         try:
             return await reply
+        except (asyncio.CancelledError, EngineUnavailable):
+            if isinstance(message, Examine) and self.ready is not None:
+                self._send(EndExamination(message.call_id))
+            raise
         finally:
             self._calls.pop(message.call_id, None)
 
@@ -248,9 +283,9 @@ class EngineClient:
                 | CancelReply(call_id=call_id)
                 | ExamineReply(call_id=call_id)
             ):
-                reply = self._calls.get(call_id)
-                if reply is not None and not reply.done():
-                    reply.set_result(message)
+                call = self._calls.get(call_id)
+                if call is not None and not call.reply.done():
+                    call.reply.set_result(message)
             case KernelModeChanged(routing=routing):
                 before, self.routing = self.routing, routing
                 self._on_routing(before, routing)
@@ -273,9 +308,9 @@ class EngineClient:
         for events in self._requests.values():
             events.fail(failure)
         self._requests.clear()
-        for reply in self._calls.values():
-            if not reply.done():
-                reply.set_exception(failure)
+        for call in self._calls.values():
+            if not call.reply.done():
+                call.reply.set_exception(failure)
         self._calls.clear()
         if was_ready:
             self._on_state(None)

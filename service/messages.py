@@ -123,6 +123,12 @@ class Examine(_Message, frozen=True):
     """Sizes of steps to time the QK step at."""
 
 
+class EndExamination(_Message, frozen=True):
+    """Gives an examination up, which is then not answered; unknown or answered ones are ignored."""
+
+    call_id: int
+
+
 class CancelRequest(_Message, frozen=True):
     """Ends a caller's request, whichever front end it came through; answered by `CancelReply`."""
 
@@ -137,7 +143,16 @@ class EndAll(_Message, frozen=True):
     reason: EndReason
 
 
-ToEngine = AddRequest | FinishRequest | SetKernelMode | RearmGuard | Examine | CancelRequest | EndAll
+ToEngine = (
+    AddRequest
+    | FinishRequest
+    | SetKernelMode
+    | RearmGuard
+    | Examine
+    | EndExamination
+    | CancelRequest
+    | EndAll
+)
 
 
 # ---- engine to front end ----

@@ -137,6 +137,7 @@ class Server:
         await self.serving.engine.start()
         self._loading = asyncio.create_task(self._load(), name="load")
         self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
+        self._watching.add_done_callback(self._note_end_of_watch)
 
     def _serve_alone(self) -> None:
         """Answer every call in this process."""
@@ -230,6 +231,11 @@ class Server:
                 if self._front_ends is not None:
                     self._front_ends.forget_silence()
 
+    def _note_end_of_watch(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("nobody watches the engine any more", exc_info=error)
+            self._fail("nobody watches the engine any more; the reason is above")
+
     def _follow_engine(self, ready: EngineReady | None) -> None:
         if ready is None and self._stopping.is_set():
             return
@@ -283,7 +289,7 @@ class Server:
 
     def _handle_signal(self, number: int) -> None:
         if self._stopping.is_set():
-            self.serving.engine.end_all("time_limit")
+            self.serving.end_all()
             return
         log.info("draining: %s, for at most %g s", signal.Signals(number).name, self._config.drain_seconds)
         self._stopping.set()

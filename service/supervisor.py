@@ -77,16 +77,18 @@ class ChildSupervisor:
     async def start(self) -> None:
         """Start the child and begin to watch it."""
         self._task = asyncio.create_task(self._keep_running(), name=f"{self._name} supervisor")
+        self._task.add_done_callback(self._note_end)
 
     def tell(self, line: bytes) -> None:
-        """Write a line to the child that runs; lost if there is none."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(line)
+        """Write a line to the child that runs; lost if there is none, or it has just died."""
+        if self._process is None or self._process.stdin is None or self._process.stdin.is_closing():
+            return
+        self._process.stdin.write(line)
 
     def kill(self) -> None:
         """End the child at once, to be started again: for one that runs but answers nothing."""
         if self._process is not None:
-            self._process.kill()
+            _kill(self._process)
 
     async def stop(self) -> None:
         """Stop the child: ask it by closing its standard input, then kill it."""
@@ -103,7 +105,7 @@ class ChildSupervisor:
             await asyncio.wait_for(process.wait(), STOP_SECONDS)
         except TimeoutError:
             log.warning("the %s did not stop within %.0f s and is killed", self._name, STOP_SECONDS)
-            process.kill()
+            _kill(process)
             await process.wait()
 
     async def _keep_running(self) -> None:
@@ -124,6 +126,12 @@ class ChildSupervisor:
             await asyncio.sleep(delay)
             self.restarts += 1
 
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """A child that nobody would start again is the end of serving, and never a silent one."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the %s is not watched any more", self._name, exc_info=error)
+            self._on_failure(f"the {self._name} is not watched any more; the reason is above")
+
     async def _run_once(self) -> int:
         process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *self._command),
@@ -141,6 +149,11 @@ class ChildSupervisor:
         code = await process.wait()
         self._process = None
         return code
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and that was not noticed yet
+        process.kill()
 
 
 class EngineSupervisor(ChildSupervisor):

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -32,6 +32,7 @@ from fusewire.service.messages import (
     CancelReply,
     CancelRequest,
     EndAll,
+    EndExamination,
     EngineReady,
     Events,
     Examine,
@@ -49,6 +50,9 @@ from fusewire.service.messages import (
 )
 
 log = logging.getLogger(__name__)
+
+TELL_SECONDS = 1.0
+"""How long an engine that only examines is silent at most, but for the part that it is at."""
 
 
 class Runner(Protocol):
@@ -73,6 +77,14 @@ class StepTimer(Protocol):
     def device_seconds(self, launched: Any) -> float:
         """Tell how long the device worked on a step that was collected."""
         ...
+
+
+class _Examination(NamedTuple):
+    """A comparison of two paths that is under way."""
+
+    owner: Connection
+    call_id: int
+    parts: Generator[ExamineReply | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,7 @@ class Engine:
         self._watch = watch
         self._examiner = examiner
         self._timer = timer
-        self._examinations: deque[tuple[Connection, Generator[ExamineReply | None]]] = deque()
+        self._examinations: deque[_Examination] = deque()
         self._router = Router(ready.routing, frozenset(ready.kernel_backends), time.monotonic())
         scheduler.reroute(self._router.mode_of)
         self._ahead: LaunchedStep | None = None
@@ -130,6 +142,10 @@ class Engine:
         """When the step collected last was done."""
         self._step = 0
         self._reported_preemptions = 0
+        self._load_fell = False
+        """Whether blocks were freed that no report has told of."""
+        self._told_at = 0.0
+        """When everyone got the last report."""
         self._stopping = False
 
     @property
@@ -201,6 +217,8 @@ class Engine:
                 self._answer_switch(connection, call_id, refusal, previous)
             case Examine():
                 self._begin_examination(connection, message)
+            case EndExamination(call_id=call_id):
+                self._end_examinations(connection, call_id)
             case Change.OPENED:
                 self._connections.append(connection)
                 connection.send(msgspec.structs.replace(self._ready, routing=self._router.routing))
@@ -220,10 +238,7 @@ class Engine:
         for request in self._scheduler.live():
             if request.owner is connection:
                 self._scheduler.finish(request.spec.request_id, "cancelled")
-        for owner, parts in self._examinations:
-            if owner is connection:
-                parts.close()
-        self._examinations = deque(each for each in self._examinations if each[0] is not connection)
+        self._end_examinations(connection)
 
     # ---- the kernel mode ----
 
@@ -275,15 +290,29 @@ class Engine:
             return
         scheduler = self._scheduler
         parts = examine(self._examiner, wish, scheduler.pool, len(scheduler.running))
-        self._examinations.append((connection, parts))
+        self._examinations.append(_Examination(connection, wish.call_id, parts))
 
     def _examine_on(self) -> None:
-        """Do a part of the first examination."""
-        connection, parts = self._examinations[0]
+        """Do a part of the first examination, and let everyone hear now and then that the engine lives."""
+        connection, _, parts = self._examinations[0]
         reply = next(parts)
         if reply is not None:
             self._examinations.popleft()
             connection.send(reply)
+        if reply is not None or time.monotonic() - self._told_at >= TELL_SECONDS:
+            self._load_fell = True
+            self._publish_events()
+
+    def _end_examinations(self, owner: Connection, call_id: int | None = None) -> None:
+        """Give up a front end's examination, or all of them; their blocks are free then."""
+        kept: deque[_Examination] = deque()
+        for each in self._examinations:
+            if each.owner is owner and call_id in (None, each.call_id):
+                each.parts.close()
+                self._load_fell = True
+            else:
+                kept.append(each)
+        self._examinations = kept
 
     # ---- a step, and out ----
 
@@ -310,9 +339,16 @@ class Engine:
         self._judge(checks)
 
     def _publish_events(self) -> None:
-        """Send what happened between two steps to whom it concerns."""
-        for connection, events in self._scheduler.take_events().items():
-            connection.send(self._report(events))
+        """Send what happened between two steps to whom it concerns, and the load to everyone if it fell.
+
+        Else whoever has no part in it would take the last step's load for that of an idle engine.
+        """
+        events_of = self._scheduler.take_events()
+        fell = self._load_fell or any(events.ended for events in events_of.values())
+        for connection in self._connections if fell else events_of:
+            connection.send(self._report(events_of.get(connection, Events())))
+        if fell:
+            self._load_fell, self._told_at = False, time.monotonic()
 
     def _publish_step(
         self,
@@ -326,6 +362,7 @@ class Engine:
         events_of = self._scheduler.take_events()
         preemptions = self._scheduler.preemptions - self._reported_preemptions
         self._reported_preemptions += preemptions
+        self._load_fell, self._told_at = False, time.monotonic()
         for connection in self._connections:
             report = self._report(events_of.get(connection, Events()))
             connection.send(

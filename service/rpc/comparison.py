@@ -12,7 +12,7 @@ Each run is an ordinary request: admitted, counted and cancelled like any other 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass, field
 
 import grpc
@@ -78,9 +78,16 @@ class Comparison:
         """
         ready = self._serving.ready
         validation.check_comparison(request, ready)
+        with self._serving.comparing():
+            async with aclosing(self._compare(request, ready)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _compare(
+        self, request: pb.CompareRequest, ready: EngineReady
+    ) -> AsyncGenerator[pb.CompareResponse]:
         with ExitStack() as admissions:
-            admit = self._serving.admitted
-            lives = [admissions.enter_context(admit(self._call.caller, self._call.arrival)) for _ in range(2)]
+            lives = [admissions.enter_context(self._admitted(self._call.arrival)) for _ in range(2)]
             sides = left, right = (
                 await self._prepare("left", request.left, ready),
                 await self._prepare("right", request.right, ready),
@@ -111,6 +118,9 @@ class Comparison:
         return _Side(add, name, add.kernel_mode, request.client_request_id)
 
     # ---- runs ----
+
+    def _admitted(self, arrival: float) -> AbstractContextManager[LiveRequest]:
+        return self._serving.admitted(self._call.caller, arrival, is_part=True)
 
     def _run(self, side: _Side, live: LiveRequest, options: AnswerOptions) -> Run:
         request = msgspec.structs.replace(side.request, request_id=live.request_id, arrival=live.arrival)
@@ -145,7 +155,7 @@ class Comparison:
     async def _run_alone(self, side: _Side) -> pb.Finished:
         """Run a side once and note what else the engine does meanwhile."""
         with (
-            self._serving.admitted(self._call.caller, time.monotonic()) as live,
+            self._admitted(time.monotonic()) as live,
             self._run(side, live, UNSEEN) as run,
         ):
             while not run.has_ended:

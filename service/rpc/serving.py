@@ -54,6 +54,8 @@ class LiveRequest(NamedTuple):
     request_id: str
     caller: str
     arrival: float
+    is_part: bool = False
+    """Whether it is a run of a comparison."""
 
 
 class Serving:
@@ -100,6 +102,9 @@ class Serving:
         self._on_log_level = on_log_level
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
+        self._comparisons = 0
+        self._time_is_up = False
+        """Whether a drain waits no longer."""
         self._fewer = asyncio.Event()
         self._heard = self.started
 
@@ -146,25 +151,49 @@ class Serving:
     # ---- requests come and go ----
 
     @contextmanager
-    def admitted(self, caller: str, arrival: float) -> Iterator[LiveRequest]:
+    def comparing(self) -> Iterator[None]:
+        """Let a comparison have its runs for the length of a `with` block, also those that a drain waits for.
+
+        Raises:
+            StatusError: UNAVAILABLE while the server drains.
+        """
+        if self.draining:
+            raise self._refusal_of_drain()
+        self._comparisons += 1
+        try:
+            yield
+        finally:
+            self._comparisons -= 1
+            self._fewer.set()
+
+    @contextmanager
+    def admitted(self, caller: str, arrival: float, *, is_part: bool = False) -> Iterator[LiveRequest]:
         """Admit a request for the length of a `with` block.
+
+        Args:
+            caller: who may cancel it.
+            arrival: when it came, on the clock of `time.monotonic()`.
+            is_part: whether it is a run of a comparison that is going on.
 
         Raises:
             StatusError: UNAVAILABLE while the server drains or the engine is not there,
                 RESOURCE_EXHAUSTED if as many requests wait as may.
         """
+        if self.draining and (self._time_is_up or not is_part):
+            raise self._refusal_of_drain()
         self._require_room()
-        request = LiveRequest(secrets.token_hex(16), caller, arrival)
+        request = LiveRequest(secrets.token_hex(16), caller, arrival, is_part)
         self._waiting[request.request_id] = request
         try:
             yield request
         finally:
             self.note_ended(request)
 
+    def _refusal_of_drain(self) -> StatusError:
+        self.metrics.observe_rejected("draining")
+        return unavailable("the server is draining")
+
     def _require_room(self) -> None:
-        if self.draining:
-            self.metrics.observe_rejected("draining")
-            raise unavailable("the server is draining")
         if self.engine.ready is None:
             self.metrics.observe_rejected("engine_unavailable")
         if len(self._waiting) >= self._share(self.config.max_waiting) + self._free_places():
@@ -181,8 +210,12 @@ class Serving:
 
     @property
     def live(self) -> int:
-        """How many requests were admitted and have not ended."""
-        return len(self._waiting) + len(self._running)
+        """How many requests were admitted and have not ended; a comparison is one, whatever its runs."""
+        return self._comparisons + sum(not request.is_part for request in self.open_requests())
+
+    def open_requests(self) -> list[LiveRequest]:
+        """Those that were admitted and have not ended, runs of comparisons too."""
+        return [*self._waiting.values(), *self._running.values()]
 
     def note_scheduled(self, request: LiveRequest, prompt_tokens: int) -> None:
         """Take in that a request waits no longer; a second time changes nothing."""
@@ -198,9 +231,9 @@ class Serving:
 
     @property
     def silent_seconds(self) -> float:
-        """How long the engine has said nothing although there are requests for it; 0 without any."""
-        arrivals = [request.arrival for request in (*self._waiting.values(), *self._running.values())]
-        return time.monotonic() - max(self._heard, min(arrivals)) if arrivals else 0.0
+        """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
+        since = self.engine.owed_since
+        return 0.0 if since is None else time.monotonic() - max(self._heard, since)
 
     async def cancel(self, request_id: str, caller: str) -> None:
         """End a request of this caller, through whichever front end it came.
@@ -228,6 +261,7 @@ class Serving:
 
     def _take_state(self, ready: EngineReady | None) -> None:
         self.load = Load()
+        self._heard = time.monotonic()
         self.metrics.observe_engine(ready)
         self.show_health()
         self._on_engine(ready)
@@ -265,10 +299,18 @@ class Serving:
         left = self.live
         if left:
             log.warning("ending %d requests that still run after %g s", left, seconds)
-            for request in (*self._waiting.values(), *self._running.values()):  # no other front end's
+            self._time_is_up = True
+            for request in self.open_requests():  # no other front end's
                 self.engine.finish(request.request_id, "time_limit")
+            self.engine.end_examinations("the server is draining")
             await self._wait_until_idle(END_SECONDS)
         return DrainResult(finished=before - left, ended=left)
+
+    def end_all(self) -> None:
+        """End what a drain still waits for, requests of every front end."""
+        self._time_is_up = True
+        self.engine.end_all("time_limit")
+        self.engine.end_examinations("the server is draining")
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on."""

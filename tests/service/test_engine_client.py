@@ -60,13 +60,14 @@ class CountingRunner:
 class LocalEngine:
     """An engine in a thread of the test's process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **collaborators: Any) -> None:
         self.runner = CountingRunner()
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
         ready = EngineReady(MODEL, "fake", "fake", modes, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64)
-        self.engine = Engine(self.runner, Scheduler(self.pool, 8, 16, KernelMode.FUSED), ready, self.inbox)
+        scheduler = Scheduler(self.pool, 8, 16, KernelMode.FUSED)
+        self.engine = Engine(self.runner, scheduler, ready, self.inbox, **collaborators)
         self.channel = Channel(path, self.inbox)
         self.thread = threading.Thread(target=self.engine.serve)
 
@@ -216,6 +217,63 @@ def test_a_step_runs_on_the_pinned_mode_or_else_on_the_default(engine: LocalEngi
     with_client(tmp_path, body)
     fused, unfused = KernelMode.FUSED, KernelMode.UNFUSED
     assert engine.runner.modes == [fused, fused, unfused, unfused, fused, fused]
+
+
+def test_the_engine_owes_an_answer_until_it_has_given_it(engine: LocalEngine, tmp_path: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        assert client.owed_since is None
+        before = time.monotonic()
+        engine.runner.gate.clear()
+        events = client.submit(request("a"))
+        assert client.owed_since is not None
+        assert before <= client.owed_since <= time.monotonic()
+        engine.runner.gate.set()
+        await until(lambda: client.owed_since is None)  # although nobody has taken the events
+        assert isinstance((await drain(events))[-1], Ended)
+        switching = asyncio.create_task(client.set_kernel_mode(KernelMode.UNFUSED))
+        await until(lambda: switching.done() or client.owed_since is not None)
+        await switching
+        assert client.owed_since is None
+
+    with_client(tmp_path, body)
+
+
+class EndlessExaminer:
+    """Never comes to an end."""
+
+    def compare_logits(self, token_ids, first, left, right, blocks):
+        while True:
+            time.sleep(0.001)
+            yield None
+
+    def qk_seconds(self, mode: KernelMode, num_tokens: int) -> float:
+        raise AssertionError("the comparison comes first")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "ended"])
+def test_an_examination_that_nobody_waits_for_is_given_up(tmp_path: Path, how: str) -> None:
+    engine = LocalEngine(tmp_path / "engine.sock", examiner=EndlessExaminer())
+    engine.start()
+
+    async def body(client: EngineClient) -> None:
+        wish = client.examine(KernelMode.UNFUSED, KernelMode.FUSED, [7, 8, 9], 2)
+        waiting = asyncio.create_task(wish)
+        await until(lambda: engine.pool.num_free < 64)
+        assert client.owed_since is not None
+        if how == "cancelled":
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        else:
+            client.end_examinations("no more of that")
+            with pytest.raises(EngineUnavailable, match="no more of that"):
+                await waiting
+        assert client.owed_since is None
+        await until(lambda: engine.pool.num_free == 64)
+
+    try:
+        with_client(tmp_path, body)
+    finally:
+        engine.stop()
 
 
 def test_a_vanished_front_end_takes_its_requests_along(engine: LocalEngine, tmp_path: Path) -> None:

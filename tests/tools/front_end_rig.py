@@ -113,13 +113,15 @@ def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
 class LocalEngine:
     """The engine's step loop in a thread of this process."""
 
-    def __init__(self, socket_path: Path, defaults: GenerationDefaults = NO_DEFAULTS) -> None:
+    def __init__(
+        self, socket_path: Path, defaults: GenerationDefaults = NO_DEFAULTS, examiner: Any = None
+    ) -> None:
         ready = describe(defaults)
         self.runner = ScriptedRunner()
         self.pool = BlockPool(ready.kv_blocks, ready.block_size)
         scheduler = Scheduler(self.pool, ready.max_running, MAX_STEP_TOKENS, ready.routing.mode)
         inbox: Inbox = SimpleQueue()
-        self._engine = Engine(self.runner, scheduler, ready, inbox)
+        self._engine = Engine(self.runner, scheduler, ready, inbox, examiner=examiner)
         self._channel = Channel(socket_path, inbox)
         self._thread = threading.Thread(target=self._engine.serve)
 
@@ -168,9 +170,9 @@ class Rig:
         self.model = model_pb2_grpc.ModelServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
 
-    async def start_engine(self, defaults: GenerationDefaults = NO_DEFAULTS) -> None:
+    async def start_engine(self, defaults: GenerationDefaults = NO_DEFAULTS, examiner: Any = None) -> None:
         """Start an engine, in place of one that was killed, and wait until it is ready."""
-        self.engine = LocalEngine(self.socket_path, defaults)
+        self.engine = LocalEngine(self.socket_path, defaults, examiner)
         self.engine.start()
         await until(lambda: self.serving.engine.ready is not None)
 

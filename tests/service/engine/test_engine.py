@@ -23,6 +23,7 @@ from fusewire.service.messages import (
     CancelRequest,
     EndAll,
     Ended,
+    EndExamination,
     EngineReady,
     Examine,
     ExamineReply,
@@ -339,9 +340,9 @@ def test_an_examination_goes_on_between_steps_and_gives_its_blocks_back(fake_run
     desk.engine.step()
     desk.tell(examination())
     before = len(desk.front_ends[0].steps)
-    while not isinstance(desk.front_ends[0].messages[-1], ExamineReply):
+    while not (replies := [m for m in desk.front_ends[0].messages if isinstance(m, ExamineReply)]):
         desk.engine.step()
-    reply = desk.front_ends[0].messages[-1]
+    (reply,) = replies
     assert reply == ExamineReply(
         5,
         "",
@@ -366,6 +367,61 @@ def test_an_examination_without_room_or_modes_is_refused(fake_runner) -> None:
         m.refusal for d in (desk, none) for m in d.front_ends[0].messages if isinstance(m, ExamineReply)
     ]
     assert sorted(replies) == ["no_room", "not_available", "not_available"]
+
+
+def last_load(front_end: FrontEnd) -> tuple[int, float]:
+    """What the newest report says: running requests, and the share of the KV cache in use."""
+    report = [message for message in front_end.messages if isinstance(message, StepReport)][-1]
+    return report.running, report.kv_usage
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_everyone_hears_that_a_request_has_ended_outside_a_step(overlap: bool, fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4), overlap, front_ends=2)
+    desk.add("a", max_tokens=50)
+    for _ in range(4):
+        desk.engine.step()
+    assert [running for running, _ in map(last_load, desk.front_ends)] == [1, 1]
+    desk.tell(FinishRequest("a", "cancelled"))
+    desk.finish()
+    assert [last_load(front_end) for front_end in desk.front_ends] == [(0, 0.0)] * 2
+
+
+def test_everyone_hears_that_an_examination_has_given_its_blocks_back(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4), front_ends=2, examiner=Examiner())
+    desk.tell(examination())
+    desk.add("a", max_tokens=1)
+    desk.engine.step()
+    desk.engine.step()
+    assert last_load(desk.front_ends[1])[1] > 0
+    desk.finish()
+    assert [last_load(front_end) for front_end in desk.front_ends] == [(0, 0.0)] * 2
+
+
+def test_an_engine_that_only_examines_is_heard_of(fake_runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusewire.service.engine.engine.TELL_SECONDS", 0.0)
+    desk = Desk(fake_runner(64, 4), examiner=Examiner())
+    desk.tell(examination())
+    for heard in range(1, 4):
+        desk.engine.step()
+        assert len([m for m in desk.front_ends[0].messages if isinstance(m, StepReport)]) == heard
+
+
+def test_an_examination_that_is_given_up_is_not_gone_on_with(fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4), front_ends=2, examiner=Examiner())
+    desk.tell(examination())
+    desk.tell(examination(call_id=6))
+    desk.engine.step()
+    assert desk.pool.num_free == 61
+    desk.tell(EndExamination(5), front_end=1)  # not its own
+    desk.tell(EndExamination(7))
+    desk.engine.step()
+    assert desk.pool.num_free == 61
+    desk.tell(EndExamination(5))
+    desk.finish()
+    replies = [m.call_id for m in desk.front_ends[0].messages if isinstance(m, ExamineReply)]
+    assert replies == [6]
+    assert desk.pool.num_free == 64
 
 
 def test_an_examination_ends_with_its_front_end(fake_runner) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def record_submissions(server: Rig) -> tuple[list[AddRequest], list[int]]:
 
     def record(add: AddRequest):
         requests.append(add)
-        living.append(server.serving.live)
+        living.append(len(server.serving.open_requests()))
         return submit(add)
 
     server.serving.engine.submit = record  # type: ignore[method-assign]
@@ -385,16 +386,43 @@ def test_every_run_is_counted_once_however_it_ends(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-def test_a_drain_lets_the_run_end_and_refuses_the_next(tmp_path: Path) -> None:
+def test_a_drain_lets_a_comparison_come_to_its_end_and_refuses_the_next(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
         server.runner.pause = 0.005
         call = server.generation.Compare(comparison(max_tokens=60), timeout=30)
         await anext(aiter(call))
         draining = asyncio.create_task(server.serving.drain(20))
+        await until(lambda: server.serving.draining)
+        failed = await failure_of(server.generation.Compare(comparison(), timeout=30))
+        assert failed.code() is grpc.StatusCode.UNAVAILABLE
+        assert "draining" in failed.details()
+        assert [event async for event in call][-1].HasField("report")
+        assert await draining == (1, 0)
+
+    run(tmp_path, body)
+
+
+class EndlessExaminer:
+    """An engine's, that never comes to an end."""
+
+    def compare_logits(self, token_ids, first, left, right, blocks):
+        while True:
+            time.sleep(0.001)
+            yield None
+
+
+def test_a_drain_whose_time_is_up_ends_an_examination(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        del server.serving.engine.examine  # the one that `run` has planted
+        await server.kill_engine()
+        await server.start_engine(examiner=EndlessExaminer())
+        call = server.generation.Compare(comparison(), timeout=30)
+        await until(lambda: server.engine.pool.usage > 0 and not server.serving.open_requests())
+        assert await server.serving.drain(0) == (0, 1)
         failed = await failure_of(call)
         assert failed.code() is grpc.StatusCode.UNAVAILABLE
         assert "draining" in failed.details()
-        assert await draining == (2, 0)
+        await until(lambda: server.engine.pool.usage == 0)
 
     run(tmp_path, body)
 
@@ -404,7 +432,7 @@ def test_a_drain_that_ends_a_run_ends_the_comparison(tmp_path: Path) -> None:
         server.runner.pause = 0.02
         call = server.generation.Compare(comparison(max_tokens=200), timeout=30)
         await anext(aiter(call))
-        assert await server.serving.drain(0) == (0, 2)
+        assert await server.serving.drain(0) == (0, 1)
         assert (await failure_of(call)).code() is grpc.StatusCode.UNAVAILABLE
 
     run(tmp_path, body)
