@@ -529,6 +529,8 @@ class ModelRunner:
         rows, seatings, left = [], [], self.max_step_tokens
         for seat, length in enumerate(lengths[: min(self.max_running, left)]):
             count = min(length, self.context_length, left)
+            if count == 0:
+                break
             left -= count
             start = self.context_length - count if at_end else 0
             table = [0] * blocks_for(start + count, self.block_size)

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
@@ -165,7 +166,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 300.0
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
-    max_request_bytes: Annotated[Count, Meta(description="largest request message")] = 4 << 20
+    max_request_bytes: Annotated[int, Meta(ge=1, lt=2**31, description="largest request message")] = 4 << 20
     tls_cert: Annotated[str, Meta(description="PEM certificate chain; with --tls-key it turns TLS on")] = ""
     tls_key: Annotated[str, Meta(description="PEM private key")] = ""
     tls_client_ca: Annotated[
@@ -177,9 +178,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_token_file: Annotated[
         str, Meta(description="file of bearer tokens, one a line, each may use the admin port")
     ] = ""
-    insecure: Annotated[bool, Meta(description="allow plaintext gRPC on an address that is not loopback")] = (
-        False
-    )
+    insecure: Annotated[
+        bool,
+        Meta(
+            description="allow plaintext, and an admin port without credentials, on an address that is not "
+            "loopback"
+        ),
+    ] = False
     log_level: Annotated[LogLevel, Meta(description="least severe lines to log")] = "info"
     log_format: Annotated[LogFormat, Meta(description="how a line of the log looks")] = "text"
     otlp_endpoint: Annotated[
@@ -215,12 +220,26 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.otlp_endpoint and not _is_http_url(self.otlp_endpoint):
             raise ConfigError(f"otlp_endpoint: expected an http or https URL, got {self.otlp_endpoint!r}")
-        if not self.tls_cert and not self.insecure:
-            for name, host in (("host", self.host), ("admin_host", self.admin_host)):
-                if not is_loopback(host):
-                    raise ConfigError(
-                        f"{name}: {host} is not loopback; turn TLS on, or say --insecure to serve plaintext"
-                    )
+        if not self.insecure:
+            self._check_exposure()
+
+    def _check_exposure(self) -> None:
+        """Refuse plaintext, and an admin port that is anybody's, where others than this machine reach it."""
+        for name, host in (("host", self.host), ("admin_host", self.admin_host)):
+            if not self.tls_cert and not is_loopback(host):
+                raise ConfigError(
+                    f"{name}: {host} is not loopback; turn TLS on, or say --insecure to serve plaintext"
+                )
+        if not (self.admin_token_file or self.tls_client_ca or is_loopback(self.admin_host)):
+            raise ConfigError(
+                f"admin_host: {self.admin_host} is not loopback; give admin_token_file or tls_client_ca, or "
+                "say --insecure to let anybody in"
+            )
+        if not is_loopback(self.metrics_host):
+            raise ConfigError(
+                f"metrics_host: {self.metrics_host} is not loopback and /metrics is plaintext; "
+                "say --insecure to serve it so"
+            )
 
     def engine(self, model_path: str) -> EngineConfig:
         """Pick what the engine needs to know, for the model in the folder `model_path`."""
@@ -229,9 +248,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return EngineConfig(model_path=model_path, **shared)
 
 
+_WORDS = MappingProxyType(
+    dict.fromkeys(("yes", "on", "true", "1"), True) | dict.fromkeys(("no", "off", "false", "0"), False)
+)
+"""What a switch may be called in the environment."""
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is reachable from this machine alone."""
-    if host == "localhost" or host.startswith("unix:"):
+    if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -288,13 +313,21 @@ def load_config(
             values[option.name], given_as[option.name] = value, option.variable
         if option.name in options:
             values[option.name], given_as[option.name] = options[option.name], option.flag
-    converted = values
-    if isinstance(modes := values.get("kernel_modes"), str):
-        converted = values | {"kernel_modes": [mode.strip() for mode in modes.split(",")]}
+    described = {option.name: option for option in serve_options()}
+    converted = {name: _convert(described[name], value) for name, value in values.items()}
     try:
         return msgspec.convert(converted, ServeConfig, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), values, given_as)) from error
+
+
+def _convert(option: Option, value: Any) -> Any:
+    """Read a string where msgspec would not: a list by its commas, a switch by its word."""
+    if not isinstance(value, str):
+        return value
+    if option.is_list:
+        return [item.strip() for item in value.split(",")]
+    return _WORDS.get(value.lower(), value) if option.is_switch else value
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -314,7 +347,9 @@ def _explain(message: str, values: Mapping[str, Any], given_as: Mapping[str, str
         return message
     name, what = located["name"], located["what"]
     option = next(option for option in serve_options() if option.name == name)
-    if option.choices:
+    if option.is_switch:
+        expected = "expected yes or no"
+    elif option.choices:
         expected = f"expected {'some' if option.is_list else 'one'} of {', '.join(option.choices)}"
     else:
         expected = what.split(", got ")[0].replace("`", "").replace(" | null", "").replace("Exp", "exp")

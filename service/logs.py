@@ -41,6 +41,7 @@ def set_up(process: str, level: LogLevel, form: LogFormat, text_format: str) -> 
         text_format: what a line of text says, in the spelling of `logging`.
     """
     handler = logging.StreamHandler()
+    handler.addFilter(_leave_out_metadata)
     handler.setFormatter(JsonFormatter(process) if form == "json" else TextFormatter(text_format))
     logging.basicConfig(handlers=[handler])
     set_level(level)
@@ -130,6 +131,14 @@ def _wordless(parts: traceback.TracebackException) -> list[str]:
     lines = [*_wordless(before), "\nand then:\n\n"] if before is not None else []
     kind = parts.exc_type.__qualname__ if parts.exc_type is not None else "exception"
     return [*lines, "Traceback (most recent call last):\n", *parts.stack.format(), kind, "\n"]
+
+
+def _leave_out_metadata(record: logging.LogRecord) -> bool:
+    """Take the value out of gRPC's complaint about metadata that is no text; it may be a credential."""
+    if record.name == "grpc._cython.cygrpc" and record.getMessage().startswith("Invalid encoding on"):
+        record.msg, record.args, record.exc_info = "metadata whose value is no text", (), None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return True
 
 
 def _is_under(name: str, roots: tuple[str, ...]) -> bool:

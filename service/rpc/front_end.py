@@ -121,7 +121,8 @@ class FrontEnd:
             ("grpc.max_receive_message_length", self._config.max_request_bytes),
         )
         server = grpc.aio.server(handlers=handlers, options=options)
-        bound = self._bind(server, f"[{host}]:{port}" if ":" in host.strip("[]") else f"{host}:{port}")
+        name = host.strip("[]")
+        bound = self._bind(server, f"[{name}]:{port}" if ":" in name else f"{name}:{port}")
         await server.start()
         self._servers.append(server)
         return bound

@@ -353,7 +353,8 @@ def _deadline(stopping: pb.StoppingCriteria, call: Call) -> float | None:
 
 def _within(field: str, value: float, low: float, high: float, unit: str = "") -> None:
     if not low <= value <= high:  # also refuses what is not a number
-        raise invalid_argument(field, f"must be {low:g} to {high:g}{unit}, got {value:g}")
+        got = value if isinstance(value, int) else f"{value:g}"
+        raise invalid_argument(field, f"must be {low:g} to {high:g}{unit}, got {got}")
 
 
 def _above_zero(field: str, value: float, high: float) -> None:

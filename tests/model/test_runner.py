@@ -207,6 +207,14 @@ def test_the_shortest_context_works(checkpoint: Checkpoint) -> None:
     assert sampled == Sampled(checkpoint.logits([7])[-1].argmax().item())
 
 
+@pytest.mark.parametrize("tokens", [2, 34])
+def test_a_step_of_few_tokens_works(checkpoint: Checkpoint, tokens: int) -> None:
+    runner = make_runner(checkpoint.folder, max_step_tokens=tokens, max_running=2)
+    runner.warm_up(list(KernelMode))
+    seating = Seating(0, [7], 1, [3], SamplingParams())
+    assert len(runner.run(Step(KernelMode.FUSED, [Row(0, 0, 1, samples=True)], [seating]))) == 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_on_a_cpu(checkpoint: Checkpoint, dtype: str) -> None:
     runner = make_runner(checkpoint.folder, dtype=dtype)

@@ -44,6 +44,14 @@ def test_text_is_converted_to_the_type_of_the_field() -> None:
     assert (config.insecure, config.drain_seconds) == (True, 1.5)
 
 
+@pytest.mark.parametrize(
+    ("word", "says"), [("yes", True), ("On", True), ("1", True), ("no", False), ("0", False)]
+)
+def test_a_switch_is_set_by_a_word_in_the_environment(word: str, says: bool) -> None:
+    given = load_config({}, {"FUSEWIRE_PREFIX_CACHE": word, "FUSEWIRE_DASHBOARD": word})
+    assert (given.prefix_cache, given.dashboard) == (says, says)
+
+
 def test_an_empty_variable_counts_as_unset() -> None:
     assert load_config({}, {"FUSEWIRE_MAX_CONTEXT": "", "FUSEWIRE_PORT": ""}) == ServeConfig()
 
@@ -56,12 +64,13 @@ BAD_VALUES = [
     ("port", "abc", "expected int, got 'abc'"),
     ("port", "65536", "expected int <= 65535, got '65536'"),
     ("max_running", "0", "expected int >= 1, got '0'"),
+    ("max_request_bytes", "2147483648", "expected int <= 2147483647, got '2147483648'"),
     ("max_context", "few", "expected int, got 'few'"),
     ("gpu_memory_utilization", "2", "expected float <= 1.0, got '2'"),
     ("kernel_mode", "zip", "expected one of unfused, fused_norm, fused, got 'zip'"),
     ("kernel_modes", "fused,zip", "expected some of unfused, fused_norm, fused, got 'fused,zip'"),
     ("device", "tpu", "expected one of auto, cuda, cpu, got 'tpu'"),
-    ("insecure", "maybe", "expected bool, got 'maybe'"),
+    ("insecure", "maybe", "expected yes or no, got 'maybe'"),
 ]
 
 
@@ -95,6 +104,10 @@ def test_a_bad_value_is_named_the_way_it_was_given(
         ({"host": "0.0.0.0"}, "host"),
         ({"admin_host": "::"}, "admin_host"),
         ({"host": "example.org"}, "host"),
+        ({"host": "unix:/run/x"}, "host"),
+        ({"metrics_host": "0.0.0.0"}, "metrics_host"),
+        ({"metrics_host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"}, "metrics_host"),
+        ({"admin_host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"}, "admin_token_file or tls_client_ca"),
     ],
 )
 def test_options_that_do_not_fit_together_are_named(options: dict[str, object], named: str) -> None:
@@ -104,7 +117,11 @@ def test_options_that_do_not_fit_together_are_named(options: dict[str, object], 
 
 def test_another_address_needs_tls_or_a_word() -> None:
     load_config({"host": "0.0.0.0", "insecure": True}, {})
-    load_config({"host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"}, {})
+    load_config({"metrics_host": "0.0.0.0", "insecure": True}, {})
+    tls = {"tls_cert": "c", "tls_key": "k"}
+    load_config({"host": "0.0.0.0"} | tls, {})
+    load_config({"admin_host": "0.0.0.0", "admin_token_file": "t"} | tls, {})
+    load_config({"admin_host": "0.0.0.0", "tls_client_ca": "a"} | tls, {})
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
@@ -140,7 +157,7 @@ def test_the_engine_is_told_its_share_and_can_read_it() -> None:
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineConfig) == engine
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost", "unix:/run/x"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost"])
 def test_loopback(host: str) -> None:
     assert is_loopback(host)
 

@@ -80,6 +80,17 @@ def test_where_requests_are_handled_an_exception_keeps_its_place_and_loses_its_w
     assert MARKER in formatter.format(failed("fusewire.service.rpcs"))
 
 
+def test_metadata_that_is_no_text_is_not_quoted() -> None:
+    program = (
+        "import logging\nfrom fusewire.service.logs import set_up\n"
+        "set_up('server', 'info', 'text', '%(levelname)s %(message)s')\n"
+        "try:\n    b'\\xff'.decode()\nexcept UnicodeDecodeError:\n"
+        f"    logging.getLogger('grpc._cython.cygrpc').exception('Invalid encoding on %s', '{MARKER}')\n"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert outcome.stderr == "WARNING metadata whose value is no text\n"
+
+
 @pytest.mark.parametrize("formatter", [JsonFormatter("server"), TextFormatter("%(message)s")])
 def test_asyncio_tells_what_happened_and_not_to_which_words(formatter) -> None:
     told = formatter.format(record("Task failed\ntask: <Task %r>", MARKER, name="asyncio"))
