@@ -70,6 +70,8 @@ class Connection:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
+        if not self.target:
+            raise UnusableOption("--target: must not be empty")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UnusableOption("--tls-cert, --tls-key: give both or neither")
         if self.tls_cert is not None and self.tls_ca is None:

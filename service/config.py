@@ -162,7 +162,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine_timeout: Annotated[
         Seconds,
         Meta(
-            description="seconds without a step, while requests run, until the engine is restarted; 0 never"
+            description="seconds of silence, while it owes an answer, until the engine is restarted; 0 never"
         ),
     ] = 300.0
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0

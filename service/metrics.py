@@ -284,7 +284,9 @@ class _KernelModeMetrics:
 
     def __init__(self, make: "_Maker") -> None:
         self.backends: dict[KernelMode, str] = {}
-        self.switches = make.counter("kernel_mode_switches", "Changes of the default kernel path")
+        self.switches = make.counter(
+            "kernel_mode_switches", "Choices of the default kernel path, of the one that holds too"
+        )
         self.last_switch = make.gauge(
             "kernel_mode_last_switch_timestamp_seconds", "When the default path last changed, in Unix time"
         )

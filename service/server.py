@@ -226,7 +226,7 @@ class Server:
         while timeout:
             await asyncio.sleep(min(1.0, timeout / 4))
             if self._supervisor is not None and self.serving.silent_seconds > timeout:
-                log.error("the engine has not finished a step for %g s and is killed", timeout)
+                log.error("the engine owes an answer, has said nothing for %g s and is killed", timeout)
                 self._supervisor.kill()
                 if self._front_ends is not None:
                     self._front_ends.forget_silence()

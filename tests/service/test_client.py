@@ -110,6 +110,11 @@ def test_a_token_may_go_elsewhere_over_tls_only(target: str) -> None:
         Connection(target, token_file=Path("token"))
 
 
+def test_a_server_without_a_name_is_refused() -> None:
+    with pytest.raises(UnusableOption, match="--target"):
+        Connection("")
+
+
 def openssl(folder: Path, *arguments: str) -> None:
     subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
