@@ -19,20 +19,29 @@ class Unauthenticated(Exception):
     """A call has no valid credential; the text is shown to the client."""
 
 
+class NotPermitted(Exception):
+    """A call has a credential, but one for another port; the text is shown to the client."""
+
+
 class BearerTokens:
     """The tokens that open one port. Only their digests are kept.
+
+    Args:
+        tokens: as they are sent.
+        elsewhere: those that open another port of this server.
 
     Raises:
         CredentialError: if there is none.
     """
 
-    def __init__(self, tokens: Iterable[str]) -> None:
+    def __init__(self, tokens: Iterable[str], elsewhere: "BearerTokens | None" = None) -> None:
+        self._elsewhere = elsewhere
         self._digests = tuple(sha256(token.encode()).hexdigest() for token in tokens)
         if not self._digests:
             raise CredentialError("a token file must hold at least one token")
 
     @classmethod
-    def load(cls, file: str) -> Self:
+    def load(cls, file: str, elsewhere: "BearerTokens | None" = None) -> Self:
         """Read a file of tokens, one a line; blank lines and spaces around a token do not count.
 
         Raises:
@@ -40,7 +49,7 @@ class BearerTokens:
         """
         lines = _read(file).decode("utf-8", errors="replace").splitlines()
         try:
-            return cls(token for line in lines if (token := line.strip()))
+            return cls((token for line in lines if (token := line.strip())), elsewhere)
         except CredentialError as error:
             raise CredentialError(f"{file}: {error}") from None
 
@@ -51,14 +60,20 @@ class BearerTokens:
 
         Raises:
             Unauthenticated: if it holds no bearer token, or none that is known.
+            NotPermitted: if its token is known, but opens another port only.
         """
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthenticated("authorization: a bearer token is needed")
         digest = sha256(token.strip().encode()).hexdigest()
-        if sum(hmac.compare_digest(digest, known) for known in self._digests) == 0:
-            raise Unauthenticated("authorization: the bearer token is not valid")
-        return digest
+        if self._knows(digest):
+            return digest
+        if self._elsewhere is not None and self._elsewhere._knows(digest):
+            raise NotPermitted("authorization: the bearer token is for another port")
+        raise Unauthenticated("authorization: the bearer token is not valid")
+
+    def _knows(self, digest: str) -> bool:
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:

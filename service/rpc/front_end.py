@@ -70,15 +70,16 @@ class FrontEnd:
             CredentialError: if a token file or a TLS file cannot be used.
         """
         config, serving = self._config, self._serving
+        public_file, admin_file = config.auth_token_file, config.admin_token_file
         if self._with_public:
             public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
             shared = config.frontends > 1
-            self.port = await self._listen(config.host, config.port, config.auth_token_file, public, shared)
+            gate = _gate(public_file, admin_file)
+            self.port = await self._listen(config.host, config.port, gate, public, shared)
         if self._with_admin:
             admin = {ADMIN: AdminService(serving)}
-            self.admin_port = await self._listen(
-                config.admin_host, config.admin_port, config.admin_token_file, admin
-            )
+            gate = _gate(admin_file, public_file)
+            self.admin_port = await self._listen(config.admin_host, config.admin_port, gate, admin)
 
     async def stop(self, grace_seconds: float) -> None:
         """Stop listening; calls that still run after the grace are cancelled."""
@@ -90,12 +91,11 @@ class FrontEnd:
         self,
         host: str,
         port: int,
-        token_file: str,
+        gate: Gate,
         services: Mapping[ServiceDescriptor, object],
         shared: bool = False,
     ) -> int:
         """Serve some services on a port; unless it is shared, a second server on it must fail."""
-        gate = Gate(BearerTokens.load(token_file) if token_file else None)
         described = reflection.Reflection([*services, HEALTH])
         handlers = [
             generic_handler(
@@ -135,3 +135,10 @@ class FrontEnd:
             return server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {address}: is the port in use?") from error
+
+
+def _gate(token_file: str, other_file: str) -> Gate:
+    """Let the tokens of a file in, and tell who has one of the other port's; no file lets everyone in."""
+    if not token_file:
+        return Gate(None)
+    return Gate(BearerTokens.load(token_file, BearerTokens.load(other_file) if other_file else None))

@@ -20,7 +20,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from fusewire.service.auth import BearerTokens, Unauthenticated
+from fusewire.service.auth import BearerTokens, NotPermitted, Unauthenticated
 from fusewire.service.engine_client import EngineUnavailable
 from fusewire.service.metrics import MethodMetrics, RpcMetrics
 from fusewire.service.rpc.call import Call
@@ -51,6 +51,7 @@ class Gate:
 
         Raises:
             Unauthenticated: if a token is needed and missing or unknown.
+            NotPermitted: if it is one for another port.
         """
         if self._tokens is not None:
             metadata = dict(context.invocation_metadata() or ())
@@ -240,6 +241,8 @@ class _Endpoint:
                 return unavailable(str(error))
             case Unauthenticated():
                 return StatusError(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            case NotPermitted():
+                return StatusError(grpc.StatusCode.PERMISSION_DENIED, str(error))
         log.error("%s failed", self._method.full_name, exc_info=error)
         return StatusError(grpc.StatusCode.INTERNAL, "internal error")
 

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusewire.service.auth import BearerTokens, CredentialError, Unauthenticated, server_credentials
+from fusewire.service.auth import (
+    BearerTokens,
+    CredentialError,
+    NotPermitted,
+    Unauthenticated,
+    server_credentials,
+)
 from fusewire.service.config import ServeConfig
 
 TOKEN = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20)
@@ -21,6 +27,15 @@ def test_only_known_tokens_are_let_in_each_with_a_name_of_its_own(tokens: list[s
     if other not in tokens:
         with pytest.raises(Unauthenticated):
             bearer.identify(f"Bearer {other}")
+
+
+def test_a_token_of_another_port_is_known_and_not_let_in() -> None:
+    bearer = BearerTokens(["one"], BearerTokens(["two", "one"]))
+    bearer.identify("Bearer one")
+    with pytest.raises(NotPermitted):
+        bearer.identify("Bearer two")
+    with pytest.raises(Unauthenticated):
+        bearer.identify("Bearer three")
 
 
 def test_a_file_holds_a_token_a_line(tmp_path: Path) -> None:
