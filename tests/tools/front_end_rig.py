@@ -177,9 +177,11 @@ class Rig:
         await until(lambda: self.serving.engine.ready is not None)
 
     async def kill_engine(self) -> None:
+        """End the engine, and wait until the front end has noticed."""
         assert self.engine is not None
         await asyncio.to_thread(self.engine.stop)
         self.engine = None
+        await until(lambda: self.serving.engine.ready is None)
 
     async def stop(self) -> None:
         await self.channel.close()

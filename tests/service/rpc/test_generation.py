@@ -11,7 +11,7 @@ from fusewire.kernels import modes
 from fusewire.service.messages import GenerationDefaults
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1.kernel_pb2 import KernelMode, KernelPath
-from tests.tools.front_end_rig import CONTEXT, EOS, Rig, demo_tokenizer, rig, until
+from tests.tools.front_end_rig import CONTEXT, EOS, MAX_RUNNING, Rig, demo_tokenizer, rig, until
 
 PROMPT = "Once"
 
@@ -302,15 +302,15 @@ def test_cancelling_by_id_ends_the_stream_with_cancelled(tmp_path: Path) -> None
 
 def test_a_request_that_still_waits_can_be_cancelled(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
-        server.runner.gate.clear()
-        running = [server.generation.StreamGenerate(request(), timeout=20) for _ in range(4)]
-        for call in running:
-            await call.initial_metadata()
-        waiting = server.generation.StreamGenerate(request(), timeout=20)
+        server.runner.pause = 0.02
+        asked = request(stopping=stopping(max_tokens=200))
+        running = [server.generation.StreamGenerate(asked, timeout=60) for _ in range(MAX_RUNNING)]
+        await until(lambda: server.serving.load.running == MAX_RUNNING)
+        waiting = server.generation.StreamGenerate(asked, timeout=60)
         request_id = dict(await waiting.initial_metadata())["x-request-id"]
+        await until(lambda: server.serving.load.waiting == 1)
         cancel = pb.CancelGenerationRequest(request_id=request_id)
         await server.generation.CancelGeneration(cancel, timeout=5)
-        server.runner.gate.set()
         events = [event async for event in waiting]
         assert [event.WhichOneof("event") for event in events] == ["started", "finished"]
         assert events[-1].finished.reason == pb.FINISH_REASON_CANCELLED
