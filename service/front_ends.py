@@ -74,6 +74,7 @@ class FrontEnds:
         self._on_failure = on_failure
         self._reservation: socket.socket | None = None
         self._workers: list[_Worker] = []
+        self._is_engine_here = False
 
     async def start(self) -> None:
         """Start the workers and wait until all of them listen; `port` is real from now on.
@@ -134,10 +135,15 @@ class FrontEnds:
         for worker in self._workers:
             worker.status = IDLE
 
+    def note_engine(self, is_here: bool) -> None:
+        """Take in that the server, which answers the operator, has the engine, or has lost it."""
+        self._is_engine_here = is_here
+        self._let_serve()
+
     def _let_serve(self) -> None:
-        """Let health say SERVING once every worker is ready; one that is dead is not waited for."""
+        """Let health say SERVING once the server and every worker are ready; a dead one is not waited for."""
         running = [worker for worker in self._workers if worker.is_running]
-        if running and all(worker.is_ready for worker in running):
+        if self._is_engine_here and running and all(worker.is_ready for worker in running):
             for worker in running:
                 worker.tell(encode_line(Serve()))
             self._on_ready()

@@ -224,8 +224,12 @@ class Server:
     async def _watch(self, timeout: float) -> None:
         """Have an engine restarted that is silent for too long: hung, or stopped from outside."""
         while timeout:
-            await asyncio.sleep(min(1.0, timeout / 4))
-            if self._supervisor is not None and self.serving.silent_seconds > timeout:
+            pause = min(1.0, timeout / 4)
+            await asyncio.sleep(pause)
+            if self._supervisor is None or self.serving.silent_seconds <= timeout:
+                continue
+            await asyncio.sleep(pause)  # to read what has come if it was this process that was held up
+            if self.serving.silent_seconds > timeout:
                 log.error("the engine owes an answer, has said nothing for %g s and is killed", timeout)
                 self._supervisor.kill()
                 if self._front_ends is not None:
@@ -237,6 +241,8 @@ class Server:
             self._fail("nobody watches the engine any more; the reason is above")
 
     def _follow_engine(self, ready: EngineReady | None) -> None:
+        if self._front_ends is not None:
+            self._front_ends.note_engine(ready is not None)
         if ready is None and self._stopping.is_set():
             return
         if ready is None:

@@ -1,6 +1,10 @@
-"""What every test shares: the `gpu` marker skips where there is no CUDA device."""
+"""What every test shares: tests marked `gpu` need a CUDA device, and no property has a deadline."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

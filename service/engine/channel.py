@@ -55,6 +55,8 @@ class Connection:
             with self._sock.makefile("rb") as stream:
                 while len(header := stream.read(HEADER_BYTES)) == HEADER_BYTES:
                     inbox.put((self, decode_to_engine(stream.read(frame_length(header)))))
+        except ConnectionResetError as error:  # it closed with something unread, as one that stops may
+            log.debug("a front end closed with something unread: %s", error)
         except (OSError, ValueError, msgspec.DecodeError) as error:
             log.warning("a front end's connection broke: %s", error)
         finally:

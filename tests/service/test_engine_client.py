@@ -35,13 +35,14 @@ MODEL = ModelInfo("Fake", 64, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaul
 
 
 class CountingRunner:
-    """Answers with 1, 2, 3, …; `gate` can hold a step back."""
+    """Answers with 1, 2, 3, …; `gate` can hold a step back, and `held` tells that one has come there."""
 
     def __init__(self) -> None:
         self.modes: list[KernelMode] = []
         self.prompt_lens: dict[int, int] = {}
         self.gate = threading.Event()
         self.gate.set()
+        self.held = threading.Event()
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
@@ -53,6 +54,7 @@ class CountingRunner:
         return [Sampled(position + 1) if row.samples else None for row, position in ends]
 
     def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
+        self.held.set()
         assert self.gate.wait(10)
         return launched
 
@@ -149,10 +151,10 @@ def test_finishing_from_outside_frees_the_blocks(engine: LocalEngine, tmp_path: 
     async def body(client: EngineClient) -> None:
         engine.runner.gate.clear()
         events = client.submit(request("a", max_tokens=200))
-        await until(lambda: engine.pool.num_free < 64)
+        await until(engine.runner.held.is_set)
         client.finish("a", "cancelled")
-        client.finish("nobody", "cancelled")
-        await asyncio.sleep(0.05)  # both are on their way before the step may end
+        client.finish("nobody", "cancelled")  # is not sent
+        await until(lambda: engine.inbox.qsize() == 1)
         engine.runner.gate.set()
         ended = (await drain(events))[-1]
         assert isinstance(ended, Ended)
@@ -172,10 +174,10 @@ def test_a_request_is_cancelled_over_another_connection_by_its_caller_alone(
         await until(lambda: other.ready)
         engine.runner.gate.clear()
         events = client.submit(request("a", max_tokens=40, caller="alice"))
-        await until(lambda: engine.pool.num_free < 64)
+        await until(engine.runner.held.is_set)
         asked = [other.cancel("a", "bob"), other.cancel("b", "alice"), other.cancel("a", "alice")]
         answers = asyncio.gather(*asked)
-        await asyncio.sleep(0.05)  # all are on their way before the step may end
+        await until(lambda: engine.inbox.qsize() == 3)
         engine.runner.gate.set()
         assert await answers == [False, False, True]
         await other.stop()

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Metric
@@ -230,7 +229,8 @@ def test_what_is_counted_apart_tells_what_is_new(reading: Reading) -> None:
 
 
 def test_after_a_restart_everything_counts_from_the_servers_start(metrics: Metrics) -> None:
-    first = serve(metrics.registry)
+    port = free_port()
+    first = serve(metrics.registry, port)
     url = next(first)
     watch = Watch(url)
     assert watch.look()
@@ -239,7 +239,7 @@ def test_after_a_restart_everything_counts_from_the_servers_start(metrics: Metri
     assert (watch.failure, watch.reading) == ("Connection refused", None)
     again = Metrics("m")
     again.observe_scheduled(7)
-    for _ in serve(again.registry, urlsplit(url).port or 0):
+    for _ in serve(again.registry, port):
         assert watch.look()
     assert watch.failure is None
     assert watch.reading is not None

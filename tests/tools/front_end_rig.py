@@ -48,7 +48,8 @@ def demo_tokenizer() -> Tokenizer:
 class ScriptedRunner:
     """Answers a prompt with the tokens of its script, else with 1000, 1001, …
 
-    While `gate` is clear, a step waits; `pause` slows every step down.
+    While `gate` is clear, a step waits; `pause` slows every step down. `held` is set once a step has come
+    to where it may have to wait.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class ScriptedRunner:
         self.seats: dict[int, Seating] = {}
         self.gate = threading.Event()
         self.gate.set()
+        self.held = threading.Event()
         self.pause = 0.0
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
@@ -66,6 +68,7 @@ class ScriptedRunner:
         return [self._sample(row) for row in step.rows]
 
     def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
+        self.held.set()
         assert self.gate.wait(30), "the test never opened the gate"
         threading.Event().wait(self.pause)
         return launched

@@ -110,8 +110,7 @@ class ServerProcess:
 
     def _children(self, module: str) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pid in children}
-        return [pid for pid, file in commands.items() if file.exists() and module in file.read_text()]
+        return [int(pid) for pid in children if module in _command_of(pid)]
 
     def connect(self) -> grpc.Channel:
         """A connection of its own to the public port; the caller closes it."""
@@ -131,6 +130,13 @@ class ServerProcess:
         samples = [sample for family in families for sample in family.samples if sample.name == name]
         assert samples, f"no metric {name}"
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+def _command_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return ""
 
 
 class PacedServer(ServerProcess):

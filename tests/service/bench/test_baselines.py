@@ -16,6 +16,7 @@ SCALARS = {"num_tokens": "i32", "row_width": "i32", "eps": "fp32", "count": "i32
 POINTERS = {"rope_table": "*fp32", "positions": "*i64", "slots": "*i64"}
 
 
+@pytest.mark.timeout(1000)
 def test_baselines_under_the_interpreter():
     run_interpreted(Path(__file__).parent / "interpreted")
 

@@ -165,7 +165,7 @@ def test_a_guard_that_has_not_fallen_back_cannot_be_rearmed(tmp_path: Path) -> N
 
 def test_a_drain_answers_when_nothing_runs_and_the_server_stays_up(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
-        server.runner.pause = 0.005
+        server.runner.pause = 0.02
         health = health_pb2_grpc.HealthStub(server.channel)
         short = generation_pb2.GenerateRequest(text="a")
         short.stopping.max_tokens = 10
@@ -173,7 +173,7 @@ def test_a_drain_answers_when_nothing_runs_and_the_server_stays_up(tmp_path: Pat
         long.stopping.max_tokens = 200
         calls = [server.generation.Generate(request, timeout=20) for request in (short, long)]
         await until(lambda: server.serving.load.running == 2)
-        result = await server.admin.Drain(pb.DrainRequest(timeout_seconds=0.3), timeout=10)
+        result = await server.admin.Drain(pb.DrainRequest(timeout_seconds=1.5), timeout=20)
         assert (result.finished_requests, result.ended_requests) == (1, 1)
         reasons = [(await call).reason for call in calls]
         assert reasons == [generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_TIME_LIMIT]

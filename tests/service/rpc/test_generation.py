@@ -454,9 +454,11 @@ def test_one_of_several_front_ends_admits_its_share(tmp_path: Path) -> None:
 
     async def body(server: Rig) -> None:
         server.runner.gate.clear()
-        admitted = [server.generation.StreamGenerate(request(), timeout=20) for _ in range(2 + 1)]
-        for call in admitted:
-            await call.initial_metadata()
+        admitted = [server.generation.StreamGenerate(request(), timeout=20)]
+        await until(lambda: server.serving.load.running == 1 and server.runner.held.is_set())
+        for _ in range(2):  # the engine takes nothing in before its step ends
+            admitted.append(server.generation.StreamGenerate(request(), timeout=20))
+            await admitted[-1].initial_metadata()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await server.generation.Generate(request(), timeout=20)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -488,7 +490,7 @@ def test_the_death_of_the_engine_ends_every_stream_and_the_next_one_serves(tmp_p
 def test_a_drain_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
         server.runner.pause = 0.005
-        call = server.generation.StreamGenerate(request(stopping=stopping(max_tokens=20)), timeout=20)
+        call = server.generation.StreamGenerate(request(stopping=stopping(max_tokens=100)), timeout=20)
         await anext(aiter(call))
         draining = asyncio.create_task(server.serving.drain(20))
         await asyncio.sleep(0)

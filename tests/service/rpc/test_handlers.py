@@ -264,7 +264,7 @@ def test_calls_and_messages_are_counted_by_rpc_and_status(tmp_path: Path) -> Non
             server.runner.pause = 0.01
             await anext(aiter(left))
             left.cancel()
-            await asyncio.sleep(0.1)
+            await until(lambda: count(server, "handled", "StreamGenerate", grpc_code="Canceled") == 1)
             assert count(server, "started", "StreamGenerate") == 2
             assert count(server, "handled", "StreamGenerate", grpc_code="OK") == 1
             assert count(server, "handled", "StreamGenerate", grpc_code="Canceled") == 1
@@ -277,6 +277,11 @@ def test_calls_and_messages_are_counted_by_rpc_and_status(tmp_path: Path) -> Non
             assert count(server, "handled", "Generate", grpc_type="unary", grpc_code="Internal") == 0
 
     asyncio.run(body())
+
+
+async def until_all_are_counted(server: Rig, calls: int) -> None:
+    """A call is counted when its status has been sent, which a client may see first."""
+    await until(lambda: sum(every_count(server, "handling_seconds_count").values()) == calls)
 
 
 def every_count(server: Rig, kind: str) -> dict[tuple[str, ...], float]:
@@ -302,6 +307,7 @@ def test_every_rpc_counts_what_it_cannot_parse(tmp_path: Path) -> None:
                 for method in methods(services):
                     await call_raw(channel, method, GARBAGE)
             calls = calls_of(PUBLIC) + calls_of(ADMIN)
+            await until_all_are_counted(server, sum(calls.values()))
             assert every_count(server, "started_total") == calls
             assert every_count(server, "msg_received_total") == calls
             assert every_count(server, "handling_seconds_count") == calls
@@ -320,6 +326,7 @@ def test_every_rpc_counts_whom_it_refuses_before_it_reads(tmp_path: Path) -> Non
                     await call_raw(channel, method, GARBAGE, sends=False)
             calls = calls_of(PUBLIC) + calls_of(ADMIN)
             check = (front_end.HEALTH.full_name, "Check")
+            await until_all_are_counted(server, sum(calls.values()))
             assert every_count(server, "started_total") == calls
             assert every_count(server, "handling_seconds_count") == calls
             assert every_count(server, "msg_received_total") == {check: 2}
@@ -365,6 +372,7 @@ def test_unknown_rpcs_are_counted_under_one_name(tmp_path: Path) -> None:
                 )
                 assert (error.code(), error.details()) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             unknown = ("unknown", "unknown")
+            await until_all_are_counted(server, 20)
             assert every_count(server, "started_total") == {unknown: 20}
             assert every_count(server, "handled_total") == {(*unknown, "Unimplemented"): 20}
             assert every_count(server, "handling_seconds_count") == {unknown: 20}
