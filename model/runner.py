@@ -527,7 +527,7 @@ class ModelRunner:
     ) -> None:
         """Run one step of rows of token 0, at the start or the end of contexts that all lie in block 0."""
         rows, seatings, left = [], [], self.max_step_tokens
-        for seat, length in enumerate(lengths[: min(self.max_running, left)]):
+        for seat, length in enumerate(lengths[: self.max_running]):
             count = min(length, self.context_length, left)
             if count == 0:
                 break

@@ -308,12 +308,12 @@ def load_config(
     given_as: dict[str, str] = {}
     for name, value in _read(file).items() if file is not None else ():
         values[name], given_as[name] = value, f"{file}: {name}"
-    for option in serve_options():
+    described = {option.name: option for option in serve_options()}
+    for option in described.values():
         if value := environment.get(option.variable):
             values[option.name], given_as[option.name] = value, option.variable
         if option.name in options:
             values[option.name], given_as[option.name] = options[option.name], option.flag
-    described = {option.name: option for option in serve_options()}
     converted = {name: _convert(described[name], value) for name, value in values.items()}
     try:
         return msgspec.convert(converted, ServeConfig, strict=False)

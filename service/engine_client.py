@@ -103,11 +103,15 @@ class RequestEvents:
             self._waiter.set_result(None)
 
 
+_Question = SetKernelMode | RearmGuard | Examine | CancelRequest
+"""What the engine replies to."""
+
+
 class _OpenCall(NamedTuple):
     """A message that the engine is to reply to."""
 
-    message: "SetKernelMode | RearmGuard | Examine | CancelRequest"
-    reply: "asyncio.Future[Any]"
+    message: _Question
+    reply: asyncio.Future[Any]
     sent_at: float
 
 
@@ -234,7 +238,7 @@ class EngineClient:
             if isinstance(call.message, Examine) and not call.reply.done():
                 call.reply.set_exception(EngineUnavailable(why))
 
-    async def _ask(self, message: SetKernelMode | RearmGuard | Examine | CancelRequest) -> Any:
+    async def _ask(self, message: _Question) -> Any:
         """Send a message and wait for the reply with its call id."""
         self._send(message)
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -127,7 +127,7 @@ class FrontEnds:
 
     @property
     def silent_seconds(self) -> float:
-        """How long the engine has said nothing although there are requests for it; 0 without any."""
+        """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
         return max((worker.status.silent_seconds for worker in self._workers), default=0.0)
 
     def forget_silence(self) -> None:
@@ -305,7 +305,7 @@ class SharedServing(Serving):
 
     @property
     def silent_seconds(self) -> float:
-        """How long the engine has said nothing although there are requests for it; 0 without any."""
+        """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
         return max(super().silent_seconds, self._front_ends.silent_seconds)
 
     async def drain(self, seconds: float) -> DrainResult:

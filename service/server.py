@@ -28,7 +28,7 @@ from fusewire.service.model_source import ModelError, find_folder, public_name
 from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.shared_metrics import Scrape
-from fusewire.service.supervisor import EngineSupervisor
+from fusewire.service.supervisor import EngineSupervisor, fail_at_end
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
 from fusewire.service.tracing import Tracer, TracingError, open_tracer
 
@@ -137,7 +137,7 @@ class Server:
         await self.serving.engine.start()
         self._loading = asyncio.create_task(self._load(), name="load")
         self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
-        self._watching.add_done_callback(self._note_end_of_watch)
+        fail_at_end(self._watching, "nobody watches the engine any more", self._fail)
 
     def _serve_alone(self) -> None:
         """Answer every call in this process."""
@@ -234,11 +234,6 @@ class Server:
                 self._supervisor.kill()
                 if self._front_ends is not None:
                     self._front_ends.forget_silence()
-
-    def _note_end_of_watch(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("nobody watches the engine any more", exc_info=error)
-            self._fail("nobody watches the engine any more; the reason is above")
 
     def _follow_engine(self, ready: EngineReady | None) -> None:
         if self._front_ends is not None:

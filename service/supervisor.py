@@ -77,7 +77,7 @@ class ChildSupervisor:
     async def start(self) -> None:
         """Start the child and begin to watch it."""
         self._task = asyncio.create_task(self._keep_running(), name=f"{self._name} supervisor")
-        self._task.add_done_callback(self._note_end)
+        fail_at_end(self._task, f"the {self._name} is not watched any more", self._on_failure)
 
     def tell(self, line: bytes) -> None:
         """Write a line to the child that runs; lost if there is none, or it has just died."""
@@ -126,12 +126,6 @@ class ChildSupervisor:
             await asyncio.sleep(delay)
             self.restarts += 1
 
-    def _note_end(self, task: asyncio.Task[None]) -> None:
-        """A child that nobody would start again is the end of serving, and never a silent one."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the %s is not watched any more", self._name, exc_info=error)
-            self._on_failure(f"the {self._name} is not watched any more; the reason is above")
-
     async def _run_once(self) -> int:
         process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *self._command),
@@ -149,6 +143,23 @@ class ChildSupervisor:
         code = await process.wait()
         self._process = None
         return code
+
+
+def fail_at_end(task: asyncio.Task[None], what: str, on_failure: Callable[[str], None]) -> None:
+    """Let an exception that ends a task be a failure, and never a silent one.
+
+    Args:
+        task: one that only a cancellation or its own return should end.
+        what: what its end means, for the operator.
+        on_failure: called with that.
+    """
+
+    def note_end(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s", what, exc_info=error)
+            on_failure(f"{what}; the reason is above")
+
+    task.add_done_callback(note_end)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

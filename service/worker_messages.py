@@ -71,7 +71,7 @@ class Status(_Message, frozen=True):
     oldest_waiting: float | None
     """When the request that waits longest arrived; None if none waits."""
     silent_seconds: float
-    """How long the engine has said nothing although there are requests for it."""
+    """How long the engine has said nothing although it owes an answer."""
 
 
 class Drained(_Message, frozen=True):

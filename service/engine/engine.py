@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty
@@ -142,8 +142,6 @@ class Engine:
         """When the step collected last was done."""
         self._step = 0
         self._reported_preemptions = 0
-        self._load_fell = False
-        """Whether blocks were freed that no report has told of."""
         self._told_at = 0.0
         """When everyone got the last report."""
         self._stopping = False
@@ -300,19 +298,18 @@ class Engine:
             self._examinations.popleft()
             connection.send(reply)
         if reply is not None or time.monotonic() - self._told_at >= TELL_SECONDS:
-            self._load_fell = True
-            self._publish_events()
+            self._tell_everyone(self._scheduler.take_events())
 
     def _end_examinations(self, owner: Connection, call_id: int | None = None) -> None:
-        """Give up a front end's examination, or all of them; their blocks are free then."""
-        kept: deque[_Examination] = deque()
-        for each in self._examinations:
-            if each.owner is owner and call_id in (None, each.call_id):
-                each.parts.close()
-                self._load_fell = True
-            else:
-                kept.append(each)
-        self._examinations = kept
+        """Give up a front end's examination, or all of them, and tell everyone that their blocks are free."""
+        given_up = [
+            each for each in self._examinations if each.owner is owner and call_id in (None, each.call_id)
+        ]
+        for each in given_up:
+            each.parts.close()
+            self._examinations.remove(each)
+        if given_up:
+            self._tell_everyone(self._scheduler.take_events())
 
     # ---- a step, and out ----
 
@@ -339,16 +336,16 @@ class Engine:
         self._judge(checks)
 
     def _publish_events(self) -> None:
-        """Send what happened between two steps to whom it concerns, and the load to everyone if it fell.
+        """Send what happened between two steps to whom it concerns, or to everyone if the load fell.
 
         Else whoever has no part in it would take the last step's load for that of an idle engine.
         """
         events_of = self._scheduler.take_events()
-        fell = self._load_fell or any(events.ended for events in events_of.values())
-        for connection in self._connections if fell else events_of:
-            connection.send(self._report(events_of.get(connection, Events())))
-        if fell:
-            self._load_fell, self._told_at = False, time.monotonic()
+        if any(events.ended for events in events_of.values()):
+            self._tell_everyone(events_of)
+            return
+        for connection, events in events_of.items():
+            connection.send(self._report(events))
 
     def _publish_step(
         self,
@@ -359,27 +356,28 @@ class Engine:
         checks: tuple[ShadowCheck, ...],
     ) -> None:
         """Report a step to every connection, each with its own events."""
-        events_of = self._scheduler.take_events()
         preemptions = self._scheduler.preemptions - self._reported_preemptions
         self._reported_preemptions += preemptions
-        self._load_fell, self._told_at = False, time.monotonic()
+        self._tell_everyone(
+            self._scheduler.take_events(),
+            step=plan.number,
+            phase=plan.phase,
+            kernel_mode=plan.mode,
+            duration=seconds,
+            device_seconds=device_seconds,
+            prefill_tokens=plan.prefill_tokens,
+            decode_tokens=plan.decode_tokens,
+            preemptions=preemptions,
+            timings=timings,
+            checks=checks,
+        )
+
+    def _tell_everyone(self, events_of: Mapping[Connection, Events], **of_step: Any) -> None:
+        """Report the load to every connection, each with its own events, and what a step did, if one did."""
+        self._told_at = time.monotonic()
         for connection in self._connections:
             report = self._report(events_of.get(connection, Events()))
-            connection.send(
-                msgspec.structs.replace(
-                    report,
-                    step=plan.number,
-                    phase=plan.phase,
-                    kernel_mode=plan.mode,
-                    duration=seconds,
-                    device_seconds=device_seconds,
-                    prefill_tokens=plan.prefill_tokens,
-                    decode_tokens=plan.decode_tokens,
-                    preemptions=preemptions,
-                    timings=timings,
-                    checks=checks,
-                )
-            )
+            connection.send(msgspec.structs.replace(report, **of_step))
 
     def _report(self, events: Events) -> StepReport:
         scheduler = self._scheduler

@@ -26,7 +26,7 @@ from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, inside, unavailable
 from fusewire.service.rpc.run import Run
-from fusewire.service.rpc.serving import LiveRequest, Serving
+from fusewire.service.rpc.serving import DRAINING, LiveRequest, Serving
 from fusewire.v1 import generation_pb2 as pb
 
 SHOWN = AnswerOptions(token_ids=True)
@@ -179,7 +179,7 @@ class Comparison:
         finished = run.finished(self._call).finished
         if finished.reason not in WHOLE_ANSWERS:
             if self._serving.draining:
-                raise unavailable("the server is draining")
+                raise unavailable(DRAINING)
             raise StatusError(grpc.StatusCode.CANCELLED, "a run of the comparison was cancelled")
         return finished
 

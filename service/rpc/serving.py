@@ -29,6 +29,7 @@ from fusewire.service.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
+DRAINING = "the server is draining"
 END_SECONDS = 5.0
 """How long the engine may take to end requests that it was told to end."""
 
@@ -191,7 +192,7 @@ class Serving:
 
     def _refusal_of_drain(self) -> StatusError:
         self.metrics.observe_rejected("draining")
-        return unavailable("the server is draining")
+        return unavailable(DRAINING)
 
     def _require_room(self) -> None:
         if self.engine.ready is None:
@@ -299,18 +300,20 @@ class Serving:
         left = self.live
         if left:
             log.warning("ending %d requests that still run after %g s", left, seconds)
-            self._time_is_up = True
             for request in self.open_requests():  # no other front end's
                 self.engine.finish(request.request_id, "time_limit")
-            self.engine.end_examinations("the server is draining")
+            self._end_comparisons()
             await self._wait_until_idle(END_SECONDS)
         return DrainResult(finished=before - left, ended=left)
 
     def end_all(self) -> None:
         """End what a drain still waits for, requests of every front end."""
-        self._time_is_up = True
         self.engine.end_all("time_limit")
-        self.engine.end_examinations("the server is draining")
+        self._end_comparisons()
+
+    def _end_comparisons(self) -> None:
+        self._time_is_up = True
+        self.engine.end_examinations(DRAINING)
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on."""

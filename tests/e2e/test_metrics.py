@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -75,9 +76,9 @@ def sums(server: ServerProcess) -> dict[str, float]:
 
 
 def check(timings: Sequence[Timing]) -> None:
-    """A client sees things later than the server tells them, on a busy machine much later; not always."""
+    """Most clients see what the server tells; a busy machine lets some see it later, and none earlier."""
     assert all(timing.told_phases <= timing.last + ALLOWED_SECONDS for timing in timings), timings
-    assert any(timing.is_agreed for timing in timings), timings
+    assert statistics.median_low(timing.is_agreed for timing in timings), timings
 
 
 def test_phases_sum_to_what_a_client_sees(server: ServerProcess) -> None:

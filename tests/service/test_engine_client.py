@@ -30,6 +30,7 @@ from fusewire.service.messages import (
     StepReport,
     Token,
 )
+from tests.tools.front_end_rig import EndlessExaminer
 
 MODEL = ModelInfo("Fake", 64, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaults())
 
@@ -238,18 +239,6 @@ def test_the_engine_owes_an_answer_until_it_has_given_it(engine: LocalEngine, tm
         assert client.owed_since is None
 
     with_client(tmp_path, body)
-
-
-class EndlessExaminer:
-    """Never comes to an end."""
-
-    def compare_logits(self, token_ids, first, left, right, blocks):
-        while True:
-            time.sleep(0.001)
-            yield None
-
-    def qk_seconds(self, mode: KernelMode, num_tokens: int) -> float:
-        raise AssertionError("the comparison comes first")
 
 
 @pytest.mark.parametrize("how", ["cancelled", "ended"])

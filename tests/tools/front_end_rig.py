@@ -6,7 +6,8 @@ the block pool. Only the tokens are made up, so that a test can say exactly what
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -83,6 +84,18 @@ class ScriptedRunner:
         if not seating.params.logprobs:
             return Sampled(token)
         return Sampled(token, -0.5, tuple((token + i, -0.5 - i) for i in range(seating.params.logprobs)))
+
+
+class EndlessExaminer:
+    """Compares for an engine, and never comes to an end."""
+
+    def compare_logits(self, *wish: Any) -> Iterator[None]:
+        while True:
+            time.sleep(0.001)
+            yield
+
+    def qk_seconds(self, mode: KernelMode, num_tokens: int) -> float:
+        raise AssertionError("the comparison comes first")
 
 
 def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:

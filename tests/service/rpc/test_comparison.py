@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,17 @@ from fusewire.service.rpc import validation
 from fusewire.service.rpc.errors import StatusError
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1.kernel_pb2 import KernelMode, KernelPath
-from tests.tools.front_end_rig import CONTEXT, EOS, MAX_STEP_TOKENS, Rig, demo_tokenizer, describe, rig, until
+from tests.tools.front_end_rig import (
+    CONTEXT,
+    EOS,
+    MAX_STEP_TOKENS,
+    EndlessExaminer,
+    Rig,
+    demo_tokenizer,
+    describe,
+    rig,
+    until,
+)
 
 PROMPT = "Once"
 PROMPT_IDS = demo_tokenizer().encode(PROMPT)
@@ -401,15 +410,6 @@ def test_a_drain_lets_a_comparison_come_to_its_end_and_refuses_the_next(tmp_path
         assert await draining == (1, 0)
 
     run(tmp_path, body)
-
-
-class EndlessExaminer:
-    """An engine's, that never comes to an end."""
-
-    def compare_logits(self, token_ids, first, left, right, blocks):
-        while True:
-            time.sleep(0.001)
-            yield None
 
 
 def test_a_drain_whose_time_is_up_ends_an_examination(tmp_path: Path) -> None:
