@@ -23,6 +23,7 @@ from fusewire.kernels.checks import (
 from fusewire.kernels.launch import OVERLAPPING, architecture_of
 from fusewire.kernels.linear_plans import LinearKind, LinearPlan, plan_for
 from fusewire.kernels.rms_norm import rms_norm
+from fusewire.kernels.row_capture import RowCapture, check_capture
 from fusewire.kernels.silu_mul import silu_mul
 from fusewire.kernels.skinny_linear import launch
 
@@ -36,6 +37,7 @@ def norm_linear(
     *,
     overlap: bool = True,
     out: Tensor | None = None,
+    capture: RowCapture | None = None,
 ) -> Tensor:
     """Compute `linear(rms_norm(x))`.
 
@@ -47,6 +49,7 @@ def norm_linear(
         overlap: start while the launch before still runs, which may write x but none of the other
             arguments; from sm_90 on, without effect elsewhere.
         out: `[T, N]` in x's dtype, contiguous, to be filled and returned.
+        capture: where x is copied to, if its flag says so.
 
     Returns:
         `[T, N]` in x's dtype, which is every argument's.
@@ -64,8 +67,10 @@ def norm_linear(
         _optional(out),
     )
     if plan is not None:
-        return _normed_launch(x, norm_weight, eps, weight, bias, plan, glu=False, overlap=overlap, out=out)
-    normed = rms_norm(x, norm_weight, eps, overlap=overlap)
+        return _normed_launch(
+            x, norm_weight, eps, weight, bias, plan, glu=False, overlap=overlap, out=out, capture=capture
+        )
+    normed = rms_norm(x, norm_weight, eps, overlap=overlap, capture=capture)
     if out is None:
         return F.linear(normed, weight, bias)
     torch.mm(normed, weight.t(), out=out)
@@ -125,15 +130,18 @@ def _normed_launch(
     glu: bool,
     overlap: bool,
     out: Tensor | None = None,
+    capture: RowCapture | None = None,
 ) -> Tensor:
     """Launch with the norm in it or, if the plan says so, before it."""
     check_aligned(x=x, norm_weight=norm_weight, weight=weight)
+    check_capture(capture, x)
     overlap = _overlaps(x, overlap)
     if plan.norm_inside:
         return launch(
-            x, weight, bias, plan, norm_weight=norm_weight, eps=eps, glu=glu, overlap=overlap, out=out
-        )
-    normed = rms_norm(x, norm_weight, eps, overlap=overlap)
+            x, weight, bias, plan,
+            norm_weight=norm_weight, eps=eps, glu=glu, overlap=overlap, out=out, capture=capture,
+        )  # fmt: skip
+    normed = rms_norm(x, norm_weight, eps, overlap=overlap, capture=capture)
     return launch(normed, weight, bias, plan, glu=glu, overlap=overlap, out=out)
 
 

@@ -18,13 +18,16 @@ from torch import Tensor
 from fusewire.kernels.checks import Fields, Layout, check_aligned, check_float, check_tensor, fields_of
 from fusewire.kernels.compiling import compile_kernel
 from fusewire.kernels.launch import OVERLAPPING, architecture_of, on_device, runs_triton
+from fusewire.kernels.row_capture import RowCapture, check_capture
 
 _WARP_ROW_BYTES = 2048
 """What a warp has of a row: four vectors a lane."""
 _MOST_WARPS = 16
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, overlap: bool = True) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, overlap: bool = True, capture: RowCapture | None = None
+) -> Tensor:
     """Norm rows `[T, K]`: the kernel on CUDA, the twin on a CPU.
 
     Args:
@@ -32,6 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, overlap: bool = True) -> 
         weight: `[K]` in x's dtype.
         overlap: start while the launch before still runs, which may write x but not the weight; without
             effect below sm_90.
+        capture: where x is copied to, if its flag says so.
 
     Returns:
         `[T, K]` in x's dtype, contiguous.
@@ -40,7 +44,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, overlap: bool = True) -> 
         TypeError: before a launch, for a dtype that is not supported or not x's.
         ValueError: before a launch, for a shape, stride or device that does not fit.
     """
+    check_capture(capture, x)
     if not runs_triton(x.device):
+        if capture is not None:
+            capture.copy_reference(x)
         return rms_norm_reference(x, weight, eps)
     _check_layouts(fields_of(x), fields_of(weight))
     check_aligned(x=x, weight=weight)
@@ -50,9 +57,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, overlap: bool = True) -> 
         return out
     stride = x.stride(0) if num_tokens > 1 else width
     overlap = overlap and architecture_of(x.device) >= OVERLAPPING
-    kernel, constants = _compile(x.device, x.dtype, width, stride, overlap)
+    kept_rows = 0 if capture is None else len(capture.rows)
+    flag, kept = (x, x) if capture is None else (capture.flag, capture.rows)
+    kernel, constants = _compile(x.device, x.dtype, width, stride, overlap, kept_rows)
     with on_device(x.device):
-        kernel[num_tokens, 1, 1](x, weight, out, stride, eps, *constants)
+        kernel[num_tokens, 1, 1](x, weight, out, flag, kept, stride, eps, *constants)
     return out
 
 
@@ -73,12 +82,15 @@ def _check_layouts(x: Fields, weight: Fields) -> None:
 
 @lru_cache(maxsize=1024)
 def _compile(
-    device: torch.device, dtype: torch.dtype, width: int, stride: int, overlap: bool
+    device: torch.device, dtype: torch.dtype, width: int, stride: int, overlap: bool, kept_rows: int = 0
 ) -> tuple[Any, tuple[int, ...]]:
     """Compile for aligned tensors of this width and stride; a launch looks it up."""
-    constants = {"K": width, "BLOCK_K": triton.next_power_of_2(width), "OVERLAP": overlap}
+    constants = {
+        "K": width, "BLOCK_K": triton.next_power_of_2(width), "KEPT_ROWS": kept_rows, "OVERLAP": overlap,
+    }  # fmt: skip
+    flag = torch.int32 if kept_rows else dtype
     kernel = compile_kernel(
-        rms_norm_kernel, device, dtype, dtype, dtype, stride, 1e-6, **constants,
+        rms_norm_kernel, device, dtype, dtype, dtype, flag, dtype, stride, 1e-6, **constants,
         num_warps=warps_of(width, dtype.itemsize), launch_pdl=overlap,
     )  # fmt: skip
     return kernel, tuple(constants.values())
@@ -94,10 +106,13 @@ def rms_norm_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
+    flag: tl.tensor,
+    kept: tl.tensor,
     x_stride: tl.tensor,
     eps: tl.tensor,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KEPT_ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     """Norm one row."""
@@ -106,9 +121,13 @@ def rms_norm_kernel(
     there = column < K
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+    wanted = tl.load(flag) if KEPT_ROWS > 0 else 0  # by the host, long before the launch that is waited for
     scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     values = tl.load(x + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
     rrms = tl.rsqrt(tl.sum(values * values, axis=0) / K + eps)
     tl.store(out + row * K + column, (values * rrms * scale).to(out.dtype.element_ty), mask=there)
+    if KEPT_ROWS > 0:  # noqa: SIM102 - decided while compiling, the other by each launch
+        if (wanted != 0) & (row < KEPT_ROWS):
+            tl.store(kept + row * K + column, values.to(kept.dtype.element_ty), mask=there)

@@ -9,6 +9,9 @@ but (seed, index in the answer, token), so a sequence draws the same alone or in
 What truncation leaves is told by a floor, the least logit that may be drawn: equal tokens are kept or
 dropped together. The twins read values where that saves work, so on a GPU they would wait for it.
 
+A row with a logit that is NaN or infinite has no choice: `NO_TOKEN` is drawn. So what forbids a token must
+be finite, see `FORBIDDEN`, and penalties are cut off at `LARGEST`.
+
 Knows nothing of requests, nor of what a host may want added to logits before a draw.
 """
 
@@ -41,6 +44,14 @@ SEED_HIGH = tl.constexpr(9)
 
 LEAST_TEMPERATURE = tl.constexpr(1e-6)
 """Below this, differences of logits lose their meaning in float32; the draw is greedy anyway."""
+
+NO_TOKEN = -1
+"""Drawn from a row whose logits are not all finite."""
+LARGEST = tl.constexpr(1e30)
+"""A penalised logit is at most so large, so that no penalty makes a finite one infinite."""
+FORBIDDEN = -1e32
+"""The logit of a token that must not be drawn: below all others, and finite at every temperature."""
+_LARGEST_SCORE = tl.constexpr(3e38)
 
 _SMALL_PART, _PART = 1024, 4096
 """Logits of a program that draws."""
@@ -105,7 +116,8 @@ def draw(
 ) -> None:
     """Choose a token for each row of logits, and append it to the row's sequence.
 
-    At temperature 0 it is the one of the largest logit, the first of equal ones.
+    At temperature 0 it is the one of the largest logit, the first of equal ones. Of a row that has a logit
+    which is not finite it is `NO_TOKEN`, and token 0 is appended, for a step that was launched already.
 
     Args:
         logits: `[R, V]`, fp16, bf16 or fp32; rows may be strided.
@@ -163,8 +175,9 @@ def draw_reference(
         part *= temperature[some, None].clamp(min=LEAST_TEMPERATURE.value).reciprocal()
         keys = random_keys(_seeds(words[some]), lengths[some] - words[some, PROMPT_LEN.value])
         chosen[some] = (part + gumbel_noise(*keys, logits.shape[-1])).argmax(-1)
+    chosen.masked_fill_(~logits.isfinite().all(-1), NO_TOKEN)
     ids[places] = chosen.int()
-    tokens[seats, lengths] = chosen.int()
+    tokens[seats, lengths] = chosen.clamp(min=0).int()
 
 
 @triton.jit(do_not_specialize_on_alignment=["seats", "lengths", "rows", "floors", "knobs", "tokens", "ids"])
@@ -195,6 +208,7 @@ def draw_kernel(
     token = part * PART + tl.arange(0, PART)
     score = tl.load(logits + row * logits_stride + token, mask=token < VOCAB, other=float("-inf"))
     score = score.to(tl.float32)
+    finite = (tl.abs(score) < float("inf")) | (token >= VOCAB)
     place = _place(rows, row, INDEXED)
     seat = tl.load(seats + place).to(tl.int64)
     length = tl.load(lengths + place)
@@ -206,9 +220,9 @@ def draw_kernel(
         first, second = _random_keys(record, length - tl.load(record + PROMPT_LEN))
         score = score * tl.div_rn(1.0, tl.maximum(temperature, LEAST_TEMPERATURE))
         score += _gumbel(token.to(tl.uint32), first, second)
-    score = tl.where(score == score, score, float("-inf"))  # no NaN wins, so the choice is a token
+    score = tl.where(finite, tl.minimum(score, _LARGEST_SCORE), float("inf"))  # what is not finite wins
     best, chosen = tl.max(score, axis=0, return_indices=True)
-    chosen += part * PART
+    chosen = tl.where(best < float("inf"), chosen + part * PART, -1)
     if PARTS > 1:
         WIDTH: tl.constexpr = triton.next_power_of_2(PARTS)
         tl.store(scores + row * PARTS + part, best, cache_modifier=".cg")
@@ -223,7 +237,7 @@ def draw_kernel(
         candidate = tl.load(candidates + theirs, mask=other < PARTS, other=VOCAB, cache_modifier=".cg")
         chosen = tl.min(tl.where(score == tl.max(score, axis=0), candidate, VOCAB), axis=0)
     tl.store(ids + place, chosen)
-    tl.store(tokens + seat * tokens_stride + length, chosen)
+    tl.store(tokens + seat * tokens_stride + length, tl.maximum(chosen, 0))
 
 
 # ---- random numbers ----
@@ -607,7 +621,8 @@ def penalise(
 
     Repetition (CTRL, Keskar et al. 2019, section 4.1) divides positive and multiplies negative logits
     of every token of prompt or answer; presence and frequency subtract once, and once per occurrence,
-    for tokens of the answer. Arguments and errors are those of `draw`, but:
+    for tokens of the answer. The result is cut off at plus and minus `LARGEST`; a logit that is not finite
+    becomes NaN. Arguments and errors are those of `draw`, but:
 
     Args:
         logits: `[S, V]`, of the whole batch.
@@ -661,7 +676,9 @@ def penalise_reference(
         _float_word(words, word)[:, None] for word in (REPETITION, PRESENCE, FREQUENCY)
     )
     repeated = torch.where(adjusted > 0, adjusted / repetition, adjusted * repetition)
-    return torch.where(seen, repeated, adjusted) - presence * (written > 0) - frequency * written
+    lowered = torch.where(seen, repeated, adjusted) - presence * (written > 0) - frequency * written
+    lowered.clamp_(-LARGEST.value, LARGEST.value)
+    return lowered.masked_fill_(~adjusted.isfinite(), math.nan)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "seats", "lengths", "knobs", "tokens"])
@@ -715,6 +732,7 @@ def penalise_kernel(
     token = (tl.program_id(0) % PARTS) * PART + tl.arange(0, PART)
     there = token < VOCAB
     logit = tl.load(logits + place * logits_stride + token, mask=there).to(tl.float32)
+    finite = tl.abs(logit) < float("inf")
     counted = tl.load(counts + row * VOCAB + token, mask=there, other=0)
     written = (counted >> 1).to(tl.float32)
     repetition = _float(record, REPETITION)
@@ -722,6 +740,7 @@ def penalise_kernel(
     logit = tl.where(counted > 0, repeated, logit)
     logit -= tl.where(written > 0, _float(record, PRESENCE), 0.0)
     logit -= _float(record, FREQUENCY) * written
+    logit = tl.where(finite, tl.minimum(tl.maximum(logit, -LARGEST), LARGEST), float("nan"))
     tl.store(adjusted + row * VOCAB + token, logit, mask=there)
 
 

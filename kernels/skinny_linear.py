@@ -26,7 +26,10 @@ from torch import Tensor
 from fusewire.kernels.compiling import compile_kernel
 from fusewire.kernels.launch import on_device
 from fusewire.kernels.linear_plans import LinearPlan
+from fusewire.kernels.row_capture import RowCapture
 
+_COPIED = tl.constexpr(1024)
+"""Elements of a row that are copied together."""
 VECTOR_BYTES = 16
 """What a lane loads at once."""
 
@@ -39,6 +42,8 @@ class Extras:
     glu: bool = False
     residual: bool = False
     bias: bool = False
+    kept_rows: int = 0
+    """Rows of x that a `RowCapture` has room for; 0 without one."""
 
 
 def skinny_linear_reference(
@@ -80,6 +85,7 @@ def launch(
     residual: Tensor | None = None,
     overlap: bool = False,
     out: Tensor | None = None,
+    capture: RowCapture | None = None,
 ) -> Tensor:
     """Launch the kernel under a given plan; tensors are not checked.
 
@@ -93,6 +99,7 @@ def launch(
         overlap: start while the launch before still runs, which must not write a weight or bias; what
             else it writes is waited for. From sm_90 on.
         out: what is returned, contiguous; not beside a residual.
+        capture: where x is copied to, if its flag says so.
 
     Returns:
         `[T, N]`, `[T, N / 2]` of a GLU, or the residual.
@@ -107,14 +114,16 @@ def launch(
     if num_tokens == 0:
         return out
     x_stride, out_stride = (x.stride(0), out.stride(0)) if num_tokens > 1 else (width, outputs)
-    extras = Extras(norm_weight is not None, glu, residual is not None, bias is not None)
+    kept_rows = 0 if capture is None else len(capture.rows)
+    flag, kept = (x, x) if capture is None else (capture.flag, capture.rows)
+    extras = Extras(norm_weight is not None, glu, residual is not None, bias is not None, kept_rows)
     compiled = compile_launch(
         x.device, x.dtype, num_tokens, outputs, width, x_stride, out_stride, extras, plan, overlap
     )
     with on_device(x.device):
         compiled.kernel[compiled.programs, 1, 1](
             x, x if norm_weight is None else norm_weight, weight, x if bias is None else bias, out,
-            num_tokens, x_stride, out_stride, eps, *compiled.constants,
+            flag, kept, num_tokens, x_stride, out_stride, eps, *compiled.constants,
         )  # fmt: skip
     return out
 
@@ -143,9 +152,11 @@ def compile_launch(
 ) -> _Compiled:
     """Compile for aligned tensors and these strides; a launch looks it up, past Triton's own slower way."""
     constants = tile_constants(num_tokens, outputs, width, dtype.itemsize, extras, plan, overlap)
+    flag = torch.int32 if extras.kept_rows else dtype
     kernel = compile_kernel(
-        skinny_linear_kernel, device, dtype, dtype, dtype, dtype, dtype, 1, x_stride, out_stride, 1e-6,
-        **constants, num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
+        skinny_linear_kernel, device, dtype, dtype, dtype, dtype, dtype, flag, dtype,
+        1, x_stride, out_stride, 1e-6, **constants,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, launch_pdl=overlap,
     )  # fmt: skip
     return _Compiled(kernel, tuple(constants.values()), triton.cdiv(outputs, plan.block_n))
 
@@ -180,6 +191,7 @@ def tile_constants(
         "GLU": extras.glu,
         "RESIDUAL": extras.residual,
         "BIAS": extras.bias,
+        "KEPT_ROWS": extras.kept_rows,
         "BLOCK_M": block_m,
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
@@ -199,6 +211,8 @@ def skinny_linear_kernel(
     weight: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
+    flag: tl.tensor,
+    kept: tl.tensor,
     num_tokens: tl.tensor,
     x_stride: tl.tensor,
     out_stride: tl.tensor,
@@ -209,6 +223,7 @@ def skinny_linear_kernel(
     GLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    KEPT_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -228,6 +243,7 @@ def skinny_linear_kernel(
     RUN: tl.constexpr = BLOCK_N if BLOCK_N < 8 else 8
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+    wanted = tl.load(flag) if KEPT_ROWS > 0 else 0  # by the host, long before the launch that is waited for
     row = tl.arange(0, ROWS)
     output = tl.program_id(0) * BLOCK_N + (row // (2 * RUN) * RUN + row % RUN if GLU else row)
     if N % BLOCK_N != 0:
@@ -268,6 +284,19 @@ def skinny_linear_kernel(
     if RESIDUAL:
         product += before.to(tl.float32)
     tl.store(target, product.to(out.dtype.element_ty), mask=keep)
+    if KEPT_ROWS > 0:  # noqa: SIM102 - decided while compiling, the other by each launch
+        if (tl.program_id(0) == 0) & (wanted != 0):
+            _keep_rows(x, kept, tl.minimum(num_tokens, KEPT_ROWS), x_stride, K)
+
+
+@triton.jit
+def _keep_rows(x: tl.tensor, kept: tl.tensor, count: tl.tensor, x_stride: tl.tensor, K: tl.constexpr) -> None:
+    """Copy the first rows of x."""
+    for start in tl.range(0, K, _COPIED):
+        column = start + tl.arange(0, _COPIED)
+        for row in tl.range(0, count):
+            values = tl.load(x + row * x_stride + column, mask=column < K, other=0.0)
+            tl.store(kept + row * K + column, values, mask=column < K)
 
 
 @triton.jit

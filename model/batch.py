@@ -80,6 +80,7 @@ class Sampled:
     """The token chosen for one row that asked for one."""
 
     token_id: int
+    """Negative if the row's logits are not all finite, so that there is no choice."""
     logprob: float | None = None
     """Natural log, before temperature, penalties and bias; None unless asked for."""
     top: tuple[tuple[int, float], ...] = ()

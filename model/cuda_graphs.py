@@ -5,10 +5,8 @@ does, so replaying it is one launch, whatever the number of kernels. All share o
 run one after the other. Knows nothing of layers, requests or what the output means.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import cycle
-from typing import Generic, TypeVar
 
 import torch
 
@@ -22,8 +20,6 @@ PREFILL_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 TWINS = 2
 """Graphs of a mode and shape."""
 
-Result = TypeVar("Result")
-
 
 def decode_buckets(max_rows: int) -> list[int]:
     """Choose the row counts of the decode graphs."""
@@ -35,20 +31,6 @@ def prefill_buckets(max_tokens: int) -> list[int]:
     return [tokens for tokens in PREFILL_TOKENS if tokens <= max_tokens]
 
 
-@dataclass(frozen=True, slots=True)
-class Captured(Generic[Result]):
-    """Work that a replay does again."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Result
-    """What came of it on the host when it was captured."""
-
-    def replay(self) -> Result:
-        """Launch it."""
-        self.graph.replay()
-        return self.result
-
-
 class GraphPool:
     """The memory that graphs of the current CUDA device share, and the stream they are captured on."""
 
@@ -56,25 +38,25 @@ class GraphPool:
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def capture(self, runs: Sequence[Callable[[], Result]]) -> list[Captured[Result]]:
-        """Capture work of one kind; the first is run before, so that whatever compiles or is looked up is."""
+    def capture(self, run: Callable[[], object], count: int = 1) -> list[torch.cuda.CUDAGraph]:
+        """Capture work so many times; it is run before, so that whatever compiles or is looked up is."""
         self._stream.wait_stream(torch.cuda.current_stream())  # where the inputs are on their way
         with torch.cuda.stream(self._stream):
-            runs[0]()
-            return [self._capture(run) for run in runs]
+            run()
+            return [self._capture(run) for _ in range(count)]
 
-    def _capture(self, run: Callable[[], Result]) -> Captured[Result]:
+    def _capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         graph.capture_begin(pool=self._memory)
         try:
-            result = run()
+            run()
         finally:
             graph.capture_end()
-        return Captured(graph, result)
+        return graph
 
 
-class StepGraphs(Generic[Result]):
+class StepGraphs:
     """The captured steps of one model.
 
     Each is captured `TWINS` times, and they take turns: a graph is not prepared for its next launch
@@ -82,16 +64,16 @@ class StepGraphs(Generic[Result]):
     """
 
     def __init__(self, pool: GraphPool) -> None:
-        self._graphs: dict[tuple[KernelMode, StepShape], Iterator[Captured[Result]]] = {}
+        self._graphs: dict[tuple[KernelMode, StepShape], Iterator[torch.cuda.CUDAGraph]] = {}
         self._shapes: list[StepShape] = []
         self.pool = pool
 
     def __len__(self) -> int:
         return TWINS * len(self._graphs)
 
-    def capture(self, mode: KernelMode, shape: StepShape, twins: Sequence[Callable[[], Result]]) -> None:
-        """Capture `TWINS` steps that do the same but for what they return."""
-        self._graphs[mode, shape] = cycle(self.pool.capture(twins))
+    def capture(self, mode: KernelMode, shape: StepShape, run: Callable[[], None]) -> None:
+        """Capture a step."""
+        self._graphs[mode, shape] = cycle(self.pool.capture(run, TWINS))
         if shape not in self._shapes:
             self._shapes.append(shape)
             self._shapes.sort(key=lambda each: (each.num_tokens, each.num_rows))
@@ -105,7 +87,9 @@ class StepGraphs(Generic[Result]):
         )
         return next(fitting, None)
 
-    def replay(self, mode: KernelMode, shape: StepShape) -> Result | None:
-        """Launch a graph of a mode and shape: what its capture returned, or None if there is no graph."""
-        twins = self._graphs.get((mode, shape))
-        return None if twins is None else next(twins).replay()
+    def replay(self, mode: KernelMode, shape: StepShape) -> bool:
+        """Launch a graph of a mode and shape; False if there is none."""
+        graphs = self._graphs.get((mode, shape))
+        if graphs is not None:
+            next(graphs).replay()
+        return graphs is not None

@@ -17,6 +17,8 @@ from fusewire.model.config import ModelConfig
 
 CPU_TOKENS_PER_REQUEST = 1024
 """What a running request gets on average when the size is left to us on a CPU."""
+_ALIGNMENT = 64
+"""Elements: kernels load vectors, so every layer's part starts at a multiple of it."""
 CPU_MEMORY_SHARE = 0.25
 """The share of the host's memory that the default size on a CPU stays under."""
 
@@ -40,11 +42,15 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
-        self.layers = tuple(
-            LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
-            for _ in range(config.num_layers)
-        )
+        heads = (config.num_kv_heads, config.head_dim)
+        elements = block_size * math.prod(heads)
+        part = (num_blocks + 1) * elements
+        padded = -(-part // _ALIGNMENT) * _ALIGNMENT
+        memory = _zeros((2 * config.num_layers, padded), dtype, device)
+        self.blocks = memory[:, :part].unflatten(1, (num_blocks + 1, elements))
+        """`[2 * layers, num_blocks + 1, elements of a block]`: each layer's keys, then its values."""
+        k, v = self.blocks.unflatten(2, (block_size, *heads)).unflatten(0, (-1, 2)).unbind(1)
+        self.layers = tuple(map(LayerCache, k, v))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

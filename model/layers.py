@@ -15,6 +15,7 @@ from fusewire.kernels.paths import EPILOGUE_BACKEND, PATHS, backend_name
 from fusewire.kernels.projections import linear_add_, norm_glu, norm_linear, streams_weights
 from fusewire.kernels.qkv_epilogue import EpilogueRange, qkv_epilogue, ranges_of
 from fusewire.kernels.rms_norm import rms_norm
+from fusewire.kernels.row_capture import RowCapture
 from fusewire.kernels.shape import QKNormShape
 from fusewire.model.config import ModelConfig
 from fusewire.model.kv_cache import LayerCache
@@ -145,7 +146,13 @@ class QKNorm(nn.Module):
         self.q_weights = self.q_weights | {mode: self.q_weight * factor}
 
     def attn_input(
-        self, stream: Tensor, batch: TokensOfSite, cache: LayerCache, *, step_tokens: int | None = None
+        self,
+        stream: Tensor,
+        batch: TokensOfSite,
+        cache: LayerCache,
+        *,
+        step_tokens: int | None = None,
+        capture: RowCapture | None = None,
     ) -> Tensor:
         """Turn the residual stream `[T, hidden]` into q `[T, num_q_heads, head_dim]`.
 
@@ -153,18 +160,20 @@ class QKNorm(nn.Module):
 
         Args:
             step_tokens: choose what runs as for a step of so many tokens; None goes by T.
+            capture: where the stream is copied to, if its flag says so.
         """
         epilogue = self._epilogue(batch.kernel_mode, step_tokens or len(stream))
         if epilogue is None:
             overlap = streams_weights(stream, self.qkv.weight)
-            return self.apply_to(self.project(stream), batch, cache, overlap=overlap)
-        hidden = rms_norm(stream, self.norm.weight, self.norm.eps)
+            return self.apply_to(self.project(stream, capture), batch, cache, overlap=overlap)
+        hidden = rms_norm(stream, self.norm.weight, self.norm.eps, capture=capture)
         arguments = self._arguments(batch, cache)
         return qkv_epilogue(hidden, self.qkv.weight, self.qkv.bias, *arguments, epilogue.plan)
 
-    def project(self, stream: Tensor) -> Tensor:
+    def project(self, stream: Tensor, capture: RowCapture | None = None) -> Tensor:
         """Norm the residual stream `[T, hidden]` and project it to packed qkv `[T, qkv_width]`."""
-        return norm_linear(stream, self.norm.weight, self.norm.eps, self.qkv.weight, self.qkv.bias)
+        norm = self.norm
+        return norm_linear(stream, norm.weight, norm.eps, self.qkv.weight, self.qkv.bias, capture=capture)
 
     def apply_to(self, qkv: Tensor, batch: TokensOfSite, cache: LayerCache, *, overlap: bool) -> Tensor:
         """Run the batch's path on packed qkv `[T, qkv_width]`; see `fusewire.kernels.paths.QKNormPath`."""

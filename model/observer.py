@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.cuda_graphs import TWINS, GraphPool
+from fusewire.model.cuda_graphs import GraphPool
 from fusewire.model.families.qwen3 import Qwen3
 from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.hidden_state_capture import HiddenStateCapture
 from fusewire.model.observations import Observation, RowPhase
 from fusewire.model.qk_timing import QKTimer, QKTiming
 from fusewire.model.shadow import ShadowCheck, ShadowGuard
 from fusewire.model.site_scratch import SiteScratch
-from fusewire.model.stream_tap import NO_TAP, StreamTap, StreamTaps
 
 KEPT_TOKENS = 2048
 """Tokens of a step that are kept for a check; those of a larger one are not all seen."""
@@ -35,22 +35,17 @@ class Observer:
     def __init__(self, model: Qwen3, block_size: int, most_tokens: int, *, shadow: bool) -> None:
         tokens, weight = min(KEPT_TOKENS, most_tokens), model.site.qkv.weight
         scratch = SiteScratch.allocate(model.site, tokens, block_size)
-        kept = tokens if shadow else 0
         sites = model.sites
-        self._taps = StreamTaps(len(sites), kept, weight.shape[1], weight.dtype, weight.device)
+        self.capture_of_steps = (
+            HiddenStateCapture(len(sites), tokens, weight.shape[1], weight.dtype, weight.device)
+            if shadow
+            else None
+        )
+        """What forward passes are to keep."""
         self._guard = ShadowGuard(sites, scratch)
         self._timer = QKTimer(model.site, scratch, block_size)
         self._modes: Sequence[KernelMode] = tuple(KernelMode)
         self._under_way: deque[ShadowCheck | QKTiming] = deque()
-
-    @property
-    def tap(self) -> StreamTap:
-        """What a forward pass that is not captured is to go by."""
-        return self._taps.next
-
-    def taps_of_graph(self, number: int) -> list[StreamTap]:
-        """What the `TWINS` of a graph are to go by; layers take turns from one number to the next."""
-        return [self._taps.numbered(TWINS * number + twin) for twin in range(TWINS)]
 
     def limit_to(self, modes: Sequence[KernelMode]) -> None:
         """Look at no other paths than these, and the unfused one, from now on: they are warmed up."""
@@ -60,18 +55,20 @@ class Observer:
         """Capture the timings of steps of so many tokens."""
         self._timer.capture(pool, self._modes, sizes)
 
-    def check(self, batch: ForwardBatch, tap: StreamTap, num_tokens: int, decode_tokens: int) -> None:
+    def check(self, batch: ForwardBatch, num_tokens: int, decode_tokens: int) -> None:
         """Check the path of the step launched last or, if that is the unfused one, the best of the others.
 
-        See `fusewire.model.shadow.ShadowGuard.check`. Does nothing where no stream is kept or the unfused
-        path is the only one.
+        At the layer whose turn it was; then it is the next one's. See
+        `fusewire.model.shadow.ShadowGuard.check`. Does nothing where no stream is kept or the unfused path is
+        the only one.
         """
+        capture = self.capture_of_steps
         candidates = [mode for mode in (batch.kernel_mode, *_BEST_FIRST) if mode in self._modes]
         mode = next((mode for mode in candidates if mode is not KernelMode.UNFUSED), None)
-        if tap is NO_TAP or mode is None:
+        if capture is None or mode is None:
             return
-        self._under_way.append(self._guard.check(batch, tap, mode, num_tokens, decode_tokens))
-        self._taps.turn()
+        self._under_way.append(self._guard.check(batch, capture, mode, num_tokens, decode_tokens))
+        capture.turn()
 
     def time(self, batch: ForwardBatch, phase: RowPhase) -> None:
         """Time the QK step at the size and on the path of the step launched last."""

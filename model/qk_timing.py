@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+import torch
+
 from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import EPILOGUE_BACKEND
 from fusewire.kernels.projections import streams_weights
-from fusewire.model.cuda_graphs import Captured, GraphPool
+from fusewire.model.cuda_graphs import GraphPool
 from fusewire.model.device_clock import DeviceClock, DeviceSpan
 from fusewire.model.layers import QKNorm
 from fusewire.model.observations import QKTime, RowPhase
@@ -71,7 +73,7 @@ class QKTimer:
         self._scratch = scratch
         self._block_size = block_size
         self._clock = DeviceClock(scratch.stream.device)
-        self._probes: dict[tuple[KernelMode, int], list[Captured[None]]] = {}
+        self._probes: dict[tuple[KernelMode, int], list[torch.cuda.CUDAGraph]] = {}
 
     def capture(self, pool: GraphPool, modes: Sequence[KernelMode], sizes: Sequence[int]) -> None:
         """Capture probes of steps of so many tokens, as far as there is memory for them."""
@@ -79,7 +81,7 @@ class QKTimer:
         for size in sorted({size for size in sizes if size <= most}, reverse=True):
             for mode in modes:
                 works = self._works(mode, self._scratch.of(size))
-                self._probes[mode, size] = [pool.capture([partial(_repeat, work)])[0] for work in works]
+                self._probes[mode, size] = [pool.capture(partial(_repeat, work))[0] for work in works]
 
     def begin(self, phase: RowPhase, mode: KernelMode, num_tokens: int) -> QKTiming:
         """Launch a timing of a step of so many tokens, those that pad it included; waits for nothing."""

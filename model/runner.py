@@ -22,6 +22,7 @@ from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.paths import backend_name
 from fusewire.model.attention import select_backend
 from fusewire.model.batch import Row, Sampled, Seating, Step
+from fusewire.model.block_check import BlockCheck
 from fusewire.model.config import ModelConfig, ModelError
 from fusewire.model.cuda_graphs import (
     PREFILL_TOKENS,
@@ -49,7 +50,6 @@ from fusewire.model.sampler import Choice, Sampler
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.model.seats import SeatTable
 from fusewire.model.shadow import FAULT
-from fusewire.model.stream_tap import StreamTap
 from fusewire.model.weights import Progress, load_weights
 
 _GREEDY = SamplingParams()
@@ -120,6 +120,8 @@ class LaunchedStep:
     """None if no row samples."""
     span: DeviceSpan
     """From when its inputs are there to when its tokens are chosen."""
+    block_check: BlockCheck | None
+    """None if it completes no block."""
     device_seconds: float | None = None
     """Length of the span, once the step is collected."""
 
@@ -172,10 +174,10 @@ class ModelRunner:
             )
         self._clock = DeviceClock(self._device)
         captures = self._device.type == "cuda" and attention.capturable
-        self._graphs = StepGraphs[StreamTap](GraphPool()) if captures else None
+        self._graphs = StepGraphs(GraphPool()) if captures else None
         self._outputs = self._allocate_outputs()
-        self._last: tuple[ForwardBatch, StreamTap]
-        """The step launched last, and the tap that it went by."""
+        self._last: ForwardBatch
+        """The step launched last."""
         self.start_report: dict[str, float] = {}
         """What the start took: seconds of loading, of that of rehearsing, of warming up and of capturing;
         bytes and number of graphs."""
@@ -223,12 +225,15 @@ class ModelRunner:
         logits, batch = self._compute(step, span)
         if logits is None:
             span.end()
-            return LaunchedStep(step.rows, None, span)
+            return LaunchedStep(step.rows, None, span, self._check_blocks(step))
         sampling = [row for row in step.rows if row.samples]
         choice = self._sampler.choose(
             logits, sampling, batch.sample_seats, batch.sample_lengths, chosen=span.end
         )
-        return LaunchedStep(step.rows, choice, span)
+        return LaunchedStep(step.rows, choice, span, self._check_blocks(step))
+
+    def _check_blocks(self, step: Step) -> BlockCheck | None:
+        return BlockCheck.launch(step.rows, self._cache, self._seats.block_tables)
 
     def collect(self, launched: LaunchedStep) -> list[Sampled | None]:
         """Wait for a step: an entry a row, None for rows that sample nothing."""
@@ -238,6 +243,15 @@ class ModelRunner:
         if launched.device_seconds is None:
             launched.device_seconds = self._clock.read(launched.span)
         return [next(tokens) if row.samples else None for row in launched.rows]
+
+    def nonfinite_rows(self, launched: LaunchedStep) -> frozenset[int]:
+        """The rows of a step, by index, that completed a block whose k or v is not finite; waits for that."""
+        return frozenset() if launched.block_check is None else launched.block_check.rows()
+
+    def check_device(self) -> None:
+        """Raise the error after which a GPU runs nothing more, if there was one."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def device_seconds(self, launched: LaunchedStep) -> float:
         """Tell how long the device worked on a step that was collected; gaps between launches count."""
@@ -268,8 +282,9 @@ class ModelRunner:
         batch = self._inputs.load(step.rows, step.mode, shape)
         if span is not None:
             span.begin()
-        tap = None if self._graphs is None else self._graphs.replay(step.mode, shape)
-        self._last = batch, tap or self._forward(batch, self._observer.tap)
+        self._last = batch
+        if self._graphs is None or not self._graphs.replay(step.mode, shape):
+            self._forward(batch)
         num_samples = len(batch.logit_rows)
         if shape.is_decode:
             return self._outputs.logits[:num_samples], batch
@@ -277,18 +292,14 @@ class ModelRunner:
             return None, batch
         return self._model.logits(self._outputs.stream[:num_samples]), batch
 
-    def _forward(self, batch: ForwardBatch, tap: StreamTap) -> StreamTap:
-        """Run the model over a batch into the outputs: logits of a decode step, else the last stream.
-
-        Returns the tap that it went by.
-        """
+    def _forward(self, batch: ForwardBatch) -> None:
+        """Run the model over a batch into the outputs: logits of a decode step, else the last stream."""
         self._inputs.expand(batch)
-        stream = self._model(batch, self._cache, tap=tap)
+        stream = self._model(batch, self._cache, capture=self._observer.capture_of_steps)
         if batch.shape.is_decode:
             self._model.logits(stream, out=self._outputs.logits[: len(stream)])
         else:
             self._outputs.stream[: len(stream)] = stream
-        return tap
 
     def _shape_of(self, step: Step) -> StepShape:
         """Choose the shape to run a step in: a captured one, or its own."""
@@ -328,7 +339,7 @@ class ModelRunner:
             step: that step.
             decode_tokens: how many of its tokens, the first ones, decode; the others are prefill.
         """
-        self._observer.check(*self._last, step.num_tokens, decode_tokens)
+        self._observer.check(self._last, step.num_tokens, decode_tokens)
 
     @torch.inference_mode()
     def time_qk(self, step: Step, phase: RowPhase) -> None:
@@ -338,8 +349,7 @@ class ModelRunner:
             step: that step.
             phase: of all its rows.
         """
-        batch, _ = self._last
-        self._observer.time(batch, phase)
+        self._observer.time(self._last, phase)
 
     def take_observations(self) -> list[Observation]:
         """Hand over what checks and timings have found; those that are under way are left for later."""
@@ -415,7 +425,8 @@ class ModelRunner:
         if self._graphs is not None:  # as in a graph, so that no kernel is needed that none has
             batch = replace(batch, query_lens=(), context_lens=())
         self._inputs.expand(batch)
-        return self._model(batch, self._cache, every_token=True)[: row.count]
+        capture = self._observer.capture_of_steps  # so that its kernels are those of every step
+        return self._model(batch, self._cache, every_token=True, capture=capture)[: row.count]
 
     def _part_done(self) -> Generator[None]:
         """Let others have their turn, until the device has done what was launched so far."""
@@ -449,7 +460,7 @@ class ModelRunner:
             for lengths in self._probes():
                 self._run_probe(lengths, _GREEDY, KernelMode.FUSED)
             for shape in self._graph_shapes():
-                self._forward(self._inputs.load_padding(KernelMode.FUSED, shape), self._observer.tap)
+                self._forward(self._inputs.load_padding(KernelMode.FUSED, shape))
             for mode in KernelMode:
                 self._run_probe([1], _GREEDY, mode)
             self._compare_nothing()
@@ -466,7 +477,7 @@ class ModelRunner:
             for lengths in self._probes():
                 for params in (_GREEDY, _SHAPED):
                     self._run_probe(lengths, params, mode)
-            self._observer.check(*self._last, num_tokens=1, decode_tokens=0)
+            self._observer.check(self._last, num_tokens=1, decode_tokens=0)
         self._compare_nothing()
         self._observer.take()
         self._attention.warm_up(self._long_prompts(), self._cache.layers[0])
@@ -484,7 +495,7 @@ class ModelRunner:
 
     def _probes(self) -> list[list[int]]:
         """Token counts of the rows of steps that between them run every kernel of a step."""
-        steps = [[1], [1] * self.max_running, [16], [33, 1, 7], [129]]
+        steps = [[1], [1] * self.max_running, [16], [33, 1, 7], [129], [self.block_size]]
         if self._device.type == "cuda":  # past the graphs: chunks of long and of short contexts
             steps += [[PREFILL_TOKENS[-1], 64], [66] * 32]
         return steps
@@ -505,17 +516,16 @@ class ModelRunner:
         return [*reversed(chunks), *reversed(decodes)]
 
     @torch.inference_mode()
-    def _capture(self, graphs: StepGraphs[StreamTap], modes: Sequence[KernelMode]) -> None:
+    def _capture(self, graphs: StepGraphs, modes: Sequence[KernelMode]) -> None:
         """Capture every bucket, in an order in which the smaller ones fit the memory the first ones took."""
         free, _ = torch.cuda.mem_get_info(self._device)
         knobs = "gpu_memory_utilization, max_running"
         with _out_of_memory_names(knobs, "the CUDA graphs do not fit beside the KV cache"):
             shapes = self._graph_shapes()
-            for number, shape in enumerate(shapes):
-                taps = self._observer.taps_of_graph(number)
+            for shape in shapes:
                 for mode in modes:
                     batch = self._inputs.load_padding(mode, shape)
-                    graphs.capture(mode, shape, [partial(self._forward, batch, tap) for tap in taps])
+                    graphs.capture(mode, shape, partial(self._forward, batch))
             self._observer.capture(graphs.pool, [shape.num_tokens for shape in shapes])
         self.start_report |= {
             "graphs": float(len(graphs)),

@@ -6,7 +6,6 @@ its own copy of the knobs. Random numbers depend only on (seed, index in the ans
 the same token alone or in any batch, on any device. Knows nothing of sequences beyond their seats.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusewire.kernels.sampling import FEW_ROWS, draw, find_floors, penalise, workspace_for
+from fusewire.kernels.sampling import FEW_ROWS, FORBIDDEN, LARGEST, draw, find_floors, penalise, workspace_for
 from fusewire.model.batch import Row, Sampled
 from fusewire.model.device import to_device
 from fusewire.model.sampling_params import SamplingParams
@@ -57,7 +56,8 @@ class Sampler:
         """Choose a token for each row and append it to the seat's tokens; waits for nothing.
 
         The order is: repetition, presence and frequency penalty, logit bias, bans; then temperature,
-        top-k, top-p, min-p and the draw. Log-probabilities are of the logits as they came.
+        top-k, top-p, min-p and the draw. Log-probabilities are of the logits as they came. The choice from
+        logits that are not all finite is `fusewire.kernels.sampling.NO_TOKEN`.
 
         Args:
             logits: `[S, V]`, fp16, bf16 or fp32, S from 1 to `max_rows`; rows may be strided.
@@ -141,7 +141,7 @@ class Sampler:
             adjusted = logits.index_select(0, index).float()
         flat, width = adjusted.view(-1), self._vocab_size
         biases = [
-            (place * width + token, bias)
+            (place * width + token, max(bias, -LARGEST.value))
             for place, row in enumerate(rows)
             for token, bias in self._params(row).logit_bias.items()
         ]
@@ -150,7 +150,7 @@ class Sampler:
             flat.scatter_add_(0, _index(entries, logits), _floats(values, logits))
         bans = [place * width + token for place, row in enumerate(rows) for token in row.banned_ids]
         if bans:
-            flat.index_fill_(0, _index(bans, logits), -math.inf)
+            flat.index_fill_(0, _index(bans, logits), FORBIDDEN)
         return adjusted
 
 
@@ -234,7 +234,8 @@ def _report(logits: Tensor, ids: Tensor, asking: Sequence[tuple[int, int]]) -> T
     rows = _index([row for row, _ in asking], logits)
     logprobs = logits.index_select(0, rows).float().log_softmax(-1)
     top = logprobs.topk(min(max(most for _, most in asking), logits.shape[-1]))
-    own = logprobs.gather(-1, ids.index_select(0, rows).long()[:, None])
+    chosen = ids.index_select(0, rows).clamp(min=0)
+    own = logprobs.gather(-1, chosen.long()[:, None])
     return torch.cat([own, top.values, top.indices.double()], dim=-1)
 
 

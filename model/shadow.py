@@ -1,11 +1,12 @@
 """Holds a kernel path, and the unfused one, against float32 on true rows of a step just launched.
 
-One layer's stream is left behind by the step (`fusewire.model.stream_tap`). Its QK-norm site runs again on
-all of the step's tokens that were kept, so with the kernels and plans of the step itself, on a cache of its
-own; then a sample of the rows is compared with the plain chain in float32, from the same stream: input norm,
-projection, norm of q and k, RoPE. Knows nothing of thresholds crossed or of what follows.
+The step leaves one layer's stream behind (`fusewire.model.hidden_state_capture`). Its QK-norm site runs again
+on all of the step's tokens that were kept, so with the kernels and plans of the step itself, on a cache of
+its own; then a sample of the rows is compared with the plain chain in float32, from the same stream: input
+norm, projection, norm of q and k, RoPE.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,12 +19,13 @@ from fusewire.kernels.modes import KernelMode
 from fusewire.kernels.packed import split_heads
 from fusewire.kernels.paths import chain_rms_norm
 from fusewire.kernels.rope import apply_rope, rope_rows
+from fusewire.kernels.row_capture import RowCapture
 from fusewire.model.device import to_device
 from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.hidden_state_capture import HiddenStateCapture
 from fusewire.model.layers import QKNorm
 from fusewire.model.observations import RowPhase, ShadowResult
 from fusewire.model.site_scratch import SiteScratch
-from fusewire.model.stream_tap import StreamTap
 
 SAMPLED_ROWS = 64
 """Rows of a phase that are compared at most."""
@@ -64,10 +66,11 @@ class ShadowCheck:
         return self.arrived is None or self.arrived.query()
 
     def observations(self) -> list[ShadowResult]:
-        """Hand over the results, if they are known."""
+        """Hand over the results, if they are known: none of a phase whose rows are not finite in float32."""
         return [
             ShadowResult(phase, self.mode, self.layer, error, unfused_error)
             for phase, (error, unfused_error) in zip(self.phases, self.errors.tolist(), strict=True)
+            if not math.isnan(error)
         ]
 
 
@@ -76,7 +79,7 @@ class ShadowGuard:
 
     Args:
         sites: every layer's.
-        scratch: memory for as many tokens as the tap keeps.
+        scratch: memory for as many tokens of a step as are kept.
     """
 
     def __init__(self, sites: Sequence[QKNorm], scratch: SiteScratch) -> None:
@@ -85,31 +88,37 @@ class ShadowGuard:
         self._checks = 0
 
     def check(
-        self, batch: ForwardBatch, tap: StreamTap, mode: KernelMode, num_tokens: int, decode_tokens: int
+        self,
+        batch: ForwardBatch,
+        capture: HiddenStateCapture,
+        mode: KernelMode,
+        num_tokens: int,
+        decode_tokens: int,
     ) -> ShadowCheck:
         """Launch a check of a mode behind the step launched last; waits for nothing.
 
         Args:
             batch: the step's, whose tensors are still as it left them.
-            tap: that the step went by.
+            capture: what the step has left.
             num_tokens: of the step, those that pad it aside.
             decode_tokens: how many of them, the first ones, decode.
         """
-        kept = min(batch.shape.num_tokens, len(tap.kept))
+        kept = min(batch.shape.num_tokens, len(capture.rows))
         ends: dict[RowPhase, tuple[int, int]] = {
             "decode": (0, min(decode_tokens, kept)),
             "prefill": (min(decode_tokens, kept), min(num_tokens, kept)),
         }
         samples = {phase: _sample(*span, self._checks) for phase, span in ends.items() if span[0] < span[1]}
         self._checks += 1
-        site, stream, positions = self._sites[tap.layer], tap.kept[:kept], batch.positions[:kept]
+        layer = capture.layer
+        site, stream, positions = self._sites[layer], capture.rows[:kept], batch.positions[:kept]
         rows = to_device(np.concatenate(list(samples.values())), stream.device)
         exact = exact_qkv(site, stream[rows], positions[rows])
         errors = []
         for each in (mode, KernelMode.UNFUSED):
-            found = self._run(site, each, stream, positions, rows, batch.shape.num_tokens)
+            found = self._run(site, each, stream, positions, rows, batch.shape.num_tokens, capture.none)
             errors.append(_errors(found, exact, [len(sample) for sample in samples.values()]))
-        return ShadowCheck(tuple(samples), mode, tap.layer, *_send(torch.stack(errors, dim=1)))
+        return ShadowCheck(tuple(samples), mode, layer, *_send(torch.stack(errors, dim=1)))
 
     def _run(
         self,
@@ -119,13 +128,17 @@ class ShadowGuard:
         positions: Tensor,
         rows: Tensor,
         step_tokens: int,
+        capture: RowCapture,
     ) -> tuple[Tensor, ...]:
-        """Run a path on the stream `[T, hidden]`: q, and k and v as they enter the cache, of some rows."""
+        """Run a path on the stream `[T, hidden]`: q, and k and v as they enter the cache, of some rows.
+
+        The capture, which keeps nothing, makes the kernels those of the step.
+        """
         scratch = self._scratch.of(len(stream))
         for part in scratch.cache:
             part.zero_()  # a slot that is not written is an error of 1
         inputs = replace(scratch.inputs(mode), positions=positions)
-        q = site.attn_input(stream, inputs, scratch.cache, step_tokens=step_tokens)
+        q = site.attn_input(stream, inputs, scratch.cache, step_tokens=step_tokens, capture=capture)
         slots = scratch.slots[rows]
         return q[rows], *(part.flatten(0, 1)[slots] for part in scratch.cache)
 
@@ -155,17 +168,23 @@ def _sample(start: int, end: int, turn: int) -> np.ndarray:
 
 
 def _errors(found: Sequence[Tensor], exact: Sequence[Tensor], counts: list[int]) -> Tensor:
-    """The largest error among q, k and v `[R, heads, d]`, of each phase's rows: float32 `[phases]`."""
+    """The largest error among q, k and v `[R, heads, d]`, of each phase's rows: float32 `[phases]`.
+
+    Rows that are not finite in float32 tell nothing of a path and are left out; NaN where no row is left. A
+    path that gives no number where float32 does has an infinite error.
+    """
     wrong, true = (
         torch.stack([part.square().sum((1, 2)) for part in parts])  # [3, R]
         for parts in ([mine.float() - right for mine, right in zip(found, exact, strict=True)], exact)
     )
+    usable = true.isfinite().all(0)  # [R]
+    wrong, true = (part.where(usable, 0) for part in (wrong, true))
     tiny = torch.finfo(torch.float32).tiny
-    ratios = [
-        off.sum(1) / size.sum(1).clamp_min(tiny)
-        for off, size in zip(wrong.split(counts, 1), true.split(counts, 1), strict=True)
-    ]
-    return torch.stack(ratios).amax(1).sqrt()
+    errors = []
+    for off, size, some in zip(*(each.split(counts, -1) for each in (wrong, true, usable)), strict=True):
+        ratios = (off.sum(1) / size.sum(1).clamp_min(tiny)).nan_to_num(nan=torch.inf)
+        errors.append(ratios.amax().sqrt().where(some.any(), torch.nan))
+    return torch.stack(errors)
 
 
 def _send(errors: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -121,7 +121,7 @@ def _describe_split(current: Mapping[str, Any]) -> str:
 def _describe_guard(guard: Mapping[str, Any]) -> str:
     if guard["fallback_active"]:
         return (
-            f"fell back from {guard['left_mode']} to unfused at a relative error of "
+            f"fell back from {', '.join(guard['left_modes'])} to unfused at a relative error of "
             f"{guard['relative_error']:.2e}, above {guard['threshold']:g}; `fusewire mode rearm` ends that"
         )
     if not guard["every_steps"]:

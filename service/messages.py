@@ -22,7 +22,7 @@ from fusewire.service.logs import LogLevel
 
 Phase = Literal["prefill", "decode", "mixed"]
 EndReason = Literal["stop", "eos", "length", "context", "cancelled", "time_limit", "error"]
-Refusal = Literal["", "stale_generation", "not_available", "guarded", "not_fallen_back", "no_room"]
+Refusal = Literal["", "stale_generation", "not_available", "guarded", "not_fallen_back", "no_room", "failed"]
 KernelPath = Literal["", "unfused", "fused_norm", "fused", "mixed"]
 
 MAX_FRAME_BYTES = 64 << 20
@@ -190,10 +190,15 @@ class GuardState(msgspec.Struct, frozen=True, array_like=True):
     every_steps: int = 0
     """Steps of a phase from one check to the next; 0 for none."""
     threshold: float = 0.0
-    left_mode: KernelMode | None = None
-    """The mode that it fell back from; None if it has not."""
+    left_modes: tuple[KernelMode, ...] = ()
+    """The modes that it fell back from, the last one last; empty if it has not."""
     relative_error: float = 0.0
-    """The error that made it."""
+    """The error that made it leave the last one."""
+
+    @property
+    def left_mode(self) -> KernelMode | None:
+        """The mode that it fell back from last; None if it has not."""
+        return self.left_modes[-1] if self.left_modes else None
 
 
 class Routing(msgspec.Struct, frozen=True, array_like=True):
@@ -257,6 +262,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """The eos or stop token that ended it."""
     preempted_seconds: float = 0.0
     """Time spent back in the queue after preemptions, as far as a token came after it."""
+    problem: str = ""
+    """Why it ended as "error", in words that a client may see."""
 
 
 RequestEvent = Scheduled | Token | Ended
@@ -320,6 +327,8 @@ class StepReport(_Message, frozen=True):
     """Likewise."""
     device_seconds: float | None = None
     """What the device worked on the step, whatever the host did meanwhile; None if that is not known."""
+    nonfinite_logits: int = 0
+    """Requests that ended with the step because their logits were not finite."""
 
 
 class KernelModeReply(_Message, frozen=True):
@@ -355,7 +364,7 @@ class ExamineReply(_Message, frozen=True):
 
     call_id: int
     refusal: Refusal
-    """"no_room" if the KV cache has none for the sequence now."""
+    """"no_room" if the KV cache has none for the sequence now, "failed" if it could not be computed."""
     positions: list[LogitDrift] = []
     qk: list[QKSeconds] = []
 

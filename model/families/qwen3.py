@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fusewire.kernels.projections import norm_linear
 from fusewire.kernels.rope import rope_frequencies, rope_table
+from fusewire.kernels.row_capture import RowCapture
 from fusewire.model.attention import AttentionBackend, StepAttention
 from fusewire.model.config import ModelConfig
 from fusewire.model.forward_batch import ForwardBatch
+from fusewire.model.hidden_state_capture import HiddenStateCapture
 from fusewire.model.kv_cache import KVCache, LayerCache
 from fusewire.model.layers import GatedMLP, Linear, QKNorm, RMSNorm, empty_parameter
-from fusewire.model.stream_tap import NO_TAP, StreamTap
 
 
 class DecoderLayer(nn.Module):
@@ -43,19 +44,31 @@ class DecoderLayer(nn.Module):
         )
         self.mlp = GatedMLP(config, dtype=dtype, device=device)
 
-    def add_to_(self, stream: Tensor, batch: ForwardBatch, attend: StepAttention, cache: LayerCache) -> None:
+    def add_to_(
+        self,
+        stream: Tensor,
+        batch: ForwardBatch,
+        attend: StepAttention,
+        cache: LayerCache,
+        capture: RowCapture | None,
+    ) -> None:
         """Turn the residual stream `[T, hidden]` into the next layer's."""
-        q = self.qk_norm.attn_input(stream, batch, cache)  # [T, nq, d]
+        q = self.qk_norm.attn_input(stream, batch, cache, capture=capture)  # [T, nq, d]
         self._finish(stream, attend(q, cache))
 
     def of_samples(
-        self, stream: Tensor, batch: ForwardBatch, attend: StepAttention, cache: LayerCache
+        self,
+        stream: Tensor,
+        batch: ForwardBatch,
+        attend: StepAttention,
+        cache: LayerCache,
+        capture: RowCapture | None,
     ) -> Tensor:
         """The next layer's stream of the tokens that yield logits alone: `[S, hidden]`.
 
         Keys and values of all tokens enter the cache.
         """
-        q = self.qk_norm.attn_input(stream, batch, cache)
+        q = self.qk_norm.attn_input(stream, batch, cache, capture=capture)
         sampled = stream[batch.logit_rows]
         if len(sampled):
             self._finish(sampled, attend.of_samples(q, cache))
@@ -98,7 +111,12 @@ class Qwen3(nn.Module):
         )
 
     def forward(
-        self, batch: ForwardBatch, cache: KVCache, *, every_token: bool = False, tap: StreamTap = NO_TAP
+        self,
+        batch: ForwardBatch,
+        cache: KVCache,
+        *,
+        every_token: bool = False,
+        capture: HiddenStateCapture | None = None,
     ) -> Tensor:
         """Run the decoder over a step's T tokens: the last residual stream of the tokens that yield logits.
 
@@ -106,7 +124,7 @@ class Qwen3(nn.Module):
 
         Args:
             every_token: treat all tokens as if they yielded logits.
-            tap: is shown the stream that enters each layer.
+            capture: keeps the stream that enters the layer whose turn it is.
 
         Returns:
             `[S, hidden]` in the order of `batch.logit_rows`, or `[T, hidden]`.
@@ -114,15 +132,14 @@ class Qwen3(nn.Module):
         attend = self.attention.begin(batch)
         stream = F.embedding(batch.input_ids, self.embedding)
         layers = cast(list[DecoderLayer], list(self.layers))
+        captures = [None if capture is None else capture.of_layer(number) for number in range(len(layers))]
         if samples_only := not every_token and not batch.shape.is_decode:
             *layers, last = layers
         for number, layer in enumerate(layers):
-            tap.pass_by(number, stream)
-            layer.add_to_(stream, batch, attend, cache.layers[number])
+            layer.add_to_(stream, batch, attend, cache.layers[number], captures[number])
         if not samples_only:
             return stream
-        tap.pass_by(len(layers), stream)
-        return last.of_samples(stream, batch, attend, cache.layers[-1])
+        return last.of_samples(stream, batch, attend, cache.layers[-1], captures[-1])
 
     def logits(self, stream: Tensor, out: Tensor | None = None) -> Tensor:
         """Map rows of the residual stream `[S, hidden]` to logits `[S, vocabulary]`, in `out` if given."""

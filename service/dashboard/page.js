@@ -234,7 +234,7 @@ function describeGuard(guard) {
   if (!guard || !guard.every_steps) return "off";
   const watch = `every ${guard.every_steps} steps, threshold ${small(guard.threshold)}`;
   if (!guard.fallback_active) return `watching ${watch}`;
-  return `fell back from ${spoken(guard.left_mode)}: relative error ${small(guard.relative_error)}; ${watch}`;
+  return `fell back from ${guard.left_modes.map(spoken).join(", ")}: relative error ${small(guard.relative_error)}; ${watch}`;
 }
 
 function showKernel(kernel) {

@@ -24,6 +24,8 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self.gains = 0
+        """Counts what may let a request fit that did not: holders that let go, and blocks that got a key."""
 
     @property
     def num_free(self) -> int:
@@ -76,6 +78,7 @@ class BlockPool:
         Raises:
             ValueError: if a block is free already.
         """
+        self.gains += 1
         for block in reversed(blocks):
             if not self._holders[block]:
                 raise ValueError(f"block {block} is freed twice")
@@ -112,6 +115,7 @@ class BlockPool:
             raise ValueError(f"block {block} is free or has a key")
         if self._block_of.setdefault(key, block) == block:
             self._key_of[block] = key
+            self.gains += 1
 
     def find(self, key: bytes) -> int | None:
         """The block that carries a key, held or free; None if there is none."""

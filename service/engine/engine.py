@@ -9,22 +9,24 @@ of gRPC or text.
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from queue import Empty
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import msgspec
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.batch import Sampled, Step
+from fusewire.model.batch import Sampled
 from fusewire.service.engine.channel import Change, Connection, Inbox
-from fusewire.service.engine.examination import Examiner, examine
+from fusewire.service.engine.examination import Examinations, Examiner
+from fusewire.service.engine.failed_step import run_rows_apart
 from fusewire.service.engine.plan import StepPlan
 from fusewire.service.engine.request import Request
 from fusewire.service.engine.routing import Router
+from fusewire.service.engine.runner import Runner, StepTimer
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine.watch import StepWatch
 from fusewire.service.messages import (
@@ -32,6 +34,7 @@ from fusewire.service.messages import (
     CancelReply,
     CancelRequest,
     EndAll,
+    Ended,
     EndExamination,
     EngineReady,
     Events,
@@ -40,7 +43,6 @@ from fusewire.service.messages import (
     FinishRequest,
     KernelModeChanged,
     KernelModeReply,
-    QKTiming,
     RearmGuard,
     Refusal,
     SetKernelMode,
@@ -51,40 +53,9 @@ from fusewire.service.messages import (
 
 log = logging.getLogger(__name__)
 
+CANNOT_COMPUTE = "the request could not be computed"
 TELL_SECONDS = 1.0
 """How long an engine that only examines is silent at most, but for the part that it is at."""
-
-
-class Runner(Protocol):
-    """Computes steps; `fusewire.model.runner.ModelRunner` is one."""
-
-    def launch(self, step: Step) -> Any:
-        """Start a step behind those launched before; returns what `collect` is to be given."""
-        ...
-
-    def collect(self, launched: Any) -> list[Sampled | None]:
-        """Wait for a step; an entry a row, None for rows that sample nothing."""
-        ...
-
-    def backend(self, mode: KernelMode, num_tokens: int) -> str:
-        """Name what runs a step of so many tokens on a path."""
-        ...
-
-
-class StepTimer(Protocol):
-    """Tells what a runner's device did; `fusewire.model.runner.ModelRunner` is one."""
-
-    def device_seconds(self, launched: Any) -> float:
-        """Tell how long the device worked on a step that was collected."""
-        ...
-
-
-class _Examination(NamedTuple):
-    """A comparison of two paths that is under way."""
-
-    owner: Connection
-    call_id: int
-    parts: Generator[ExamineReply | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +102,8 @@ class Engine:
         self._connections: list[Connection] = []
         self._orders = itertools.count()
         self._watch = watch
-        self._examiner = examiner
         self._timer = timer
-        self._examinations: deque[_Examination] = deque()
+        self._examinations = Examinations(examiner, ready.kernel_backends.keys(), scheduler.pool)
         self._router = Router(ready.routing, frozenset(ready.kernel_backends), time.monotonic())
         scheduler.reroute(self._router.mode_of)
         self._ahead: LaunchedStep | None = None
@@ -197,7 +167,7 @@ class Engine:
     def _apply(self, connection: Connection, message: ToEngine | Change) -> None:
         match message:
             case AddRequest():
-                self._scheduler.add(Request(message, next(self._orders), connection))
+                self._add(connection, message)
             case FinishRequest(request_id=request_id, reason=reason):
                 self._scheduler.finish(request_id, reason)
             case CancelRequest():
@@ -223,6 +193,23 @@ class Engine:
             case Change.CLOSED:
                 self._connections.remove(connection)
                 self._cancel_all_of(connection)
+
+    def _add(self, connection: Connection, message: AddRequest) -> None:
+        """Queue a request, unless it holds an id that the model does not have.
+
+        A front end refuses such a request. On a GPU one would end the engine.
+        """
+        ids = chain(message.prompt_ids, message.sampling.logit_bias, message.eos_ids, message.stop_ids)
+        if (unknown := self._unknown_id(ids)) is not None:
+            ended = Ended(message.request_id, "error", problem=f"the model has no token {unknown}")
+            connection.send(self._report(Events(ended=[ended])))
+            return
+        self._scheduler.add(Request(message, next(self._orders), connection))
+
+    def _unknown_id(self, ids: Iterable[int]) -> int | None:
+        """Find an id that the model's embedding does not have; None if it has them all."""
+        vocab_size = self._ready.model.vocab_size
+        return next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
 
     def _cancel(self, message: CancelRequest) -> bool:
         """End a caller's request; False if the caller has none of that id."""
@@ -283,57 +270,98 @@ class Engine:
     # ---- examinations ----
 
     def _begin_examination(self, connection: Connection, wish: Examine) -> None:
-        if self._examiner is None or not {wish.left, wish.right} <= self._ready.kernel_backends.keys():
-            connection.send(ExamineReply(wish.call_id, "not_available"))
-            return
-        scheduler = self._scheduler
-        parts = examine(self._examiner, wish, scheduler.pool, len(scheduler.running))
-        self._examinations.append(_Examination(connection, wish.call_id, parts))
+        refusal: Refusal = "failed" if self._unknown_id(wish.token_ids) is not None else ""
+        refusal = refusal or self._examinations.begin(connection, wish, len(self._scheduler.running))
+        if refusal:
+            connection.send(ExamineReply(wish.call_id, refusal))
 
     def _examine_on(self) -> None:
         """Do a part of the first examination, and let everyone hear now and then that the engine lives."""
-        connection, _, parts = self._examinations[0]
-        reply = next(parts)
-        if reply is not None:
-            self._examinations.popleft()
+        finished = self._examinations.advance()
+        if finished is not None:
+            connection, reply = finished
+            if reply.refusal == "failed":
+                self._runner.check_device()
             connection.send(reply)
-        if reply is not None or time.monotonic() - self._told_at >= TELL_SECONDS:
+        if finished is not None or time.monotonic() - self._told_at >= TELL_SECONDS:
             self._tell_everyone(self._scheduler.take_events())
 
     def _end_examinations(self, owner: Connection, call_id: int | None = None) -> None:
         """Give up a front end's examination, or all of them, and tell everyone that their blocks are free."""
-        given_up = [
-            each for each in self._examinations if each.owner is owner and call_id in (None, each.call_id)
-        ]
-        for each in given_up:
-            each.parts.close()
-            self._examinations.remove(each)
-        if given_up:
+        if self._examinations.end(owner, call_id):
             self._tell_everyone(self._scheduler.take_events())
 
     # ---- a step, and out ----
 
-    def _launch(self, plan: StepPlan) -> LaunchedStep:
+    def _launch(self, plan: StepPlan) -> LaunchedStep | None:
+        """Launch a step; None if that failed, and the step was taken apart and settled instead."""
         self._step = plan.number
         launched_at = time.monotonic()
-        handle = self._runner.launch(plan.step)
+        handle = None
+        try:
+            handle = self._runner.launch(plan.step)
+        except Exception:
+            log.exception("step %d failed; its rows are run one by one", plan.number)
+        if handle is None:
+            self._runner.check_device()
+            self._run_apart(plan)
+            return None
         if self._watch is not None:
             self._watch.note_launch(plan)
         return LaunchedStep(plan, handle, launched_at)
 
+    def _run_apart(self, plan: StepPlan) -> None:
+        """Run the rows of a step that failed one by one, and end the requests whose rows fail again."""
+        if self._ahead is not None:  # steps settle in the order of their launches
+            ahead, self._ahead = self._ahead, None
+            self._settle(ahead)
+        apart = run_rows_apart(self._runner, plan)
+        for request in apart.failed:
+            self._scheduler.finish(request.spec.request_id, "error", CANNOT_COMPUTE)
+        count = self._commit(plan, apart.sampled, apart.nonfinite_rows)
+        events = self._scheduler.take_events()
+        self._tell_everyone(events, kernel_mode=plan.mode, nonfinite_logits=count)
+
     def _settle(self, launched: LaunchedStep) -> None:
         """Wait for a step, take its results in and report it."""
-        plan = launched.plan
-        sampled = self._runner.collect(launched.handle)
+        plan, handle = launched.plan, launched.handle
+        sampled = self._runner.collect(handle)
+        nonfinite_rows = self._runner.nonfinite_rows(handle)
         now = time.monotonic()
         seconds = now - max(launched.launched_at, self._ahead_ended)
         self._ahead_ended = now
-        backend = self._runner.backend(plan.mode, plan.decode_tokens + plan.prefill_tokens)
-        self._scheduler.commit(plan, sampled, now, backend, seconds)
+        count = self._commit(plan, sampled, nonfinite_rows, seconds)
         timings, checks = self._watch.take() if self._watch is not None else ((), ())
-        device_seconds = self._timer.device_seconds(launched.handle) if self._timer is not None else None
-        self._publish_step(plan, seconds, device_seconds, timings, checks)
+        device_seconds = self._timer.device_seconds(handle) if self._timer is not None else None
+        self._publish_step(
+            plan,
+            duration=seconds,
+            device_seconds=device_seconds,
+            timings=timings,
+            checks=checks,
+            nonfinite_logits=count,
+        )
         self._judge(checks)
+
+    def _commit(
+        self,
+        plan: StepPlan,
+        sampled: Sequence[Sampled | None],
+        nonfinite_rows: Collection[int],
+        seconds: float | None = None,
+    ) -> int:
+        """Let the scheduler have what came of a step; returns how many requests had no finite logits."""
+        backend = self._runner.backend(plan.mode, plan.decode_tokens + plan.prefill_tokens)
+        now = time.monotonic()
+        failed = self._scheduler.commit(plan, sampled, now, backend, seconds, nonfinite_rows)
+        for request in failed:
+            log.error(
+                "logits are not finite: request_id=%s kernel_mode=%s tokens=%d",
+                request.spec.request_id,
+                plan.mode,
+                len(request.tokens),
+            )
+        return len(failed)
 
     def _publish_events(self) -> None:
         """Send what happened between two steps to whom it concerns, or to everyone if the load fell.
@@ -347,14 +375,7 @@ class Engine:
         for connection, events in events_of.items():
             connection.send(self._report(events))
 
-    def _publish_step(
-        self,
-        plan: StepPlan,
-        seconds: float,
-        device_seconds: float | None,
-        timings: tuple[QKTiming, ...],
-        checks: tuple[ShadowCheck, ...],
-    ) -> None:
+    def _publish_step(self, plan: StepPlan, **of_step: Any) -> None:
         """Report a step to every connection, each with its own events."""
         preemptions = self._scheduler.preemptions - self._reported_preemptions
         self._reported_preemptions += preemptions
@@ -363,13 +384,10 @@ class Engine:
             step=plan.number,
             phase=plan.phase,
             kernel_mode=plan.mode,
-            duration=seconds,
-            device_seconds=device_seconds,
             prefill_tokens=plan.prefill_tokens,
             decode_tokens=plan.decode_tokens,
             preemptions=preemptions,
-            timings=timings,
-            checks=checks,
+            **of_step,
         )
 
     def _tell_everyone(self, events_of: Mapping[Connection, Events], **of_step: Any) -> None:

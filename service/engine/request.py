@@ -142,8 +142,8 @@ class Request:
             self.preempted_seconds += self.requeued_seconds
             self.requeued_seconds = 0.0
 
-    def end(self, reason: EndReason, stop_id: int | None) -> Ended:
-        """Say how it went."""
+    def end(self, reason: EndReason, stop_id: int | None, problem: str) -> Ended:
+        """Say how it went; `problem` tells why, if the reason is "error"."""
         self.ended = True
         return Ended(
             self.spec.request_id,
@@ -154,6 +154,7 @@ class Request:
             decode_backend=self._backend("decode"),
             stop_id=stop_id,
             preempted_seconds=self.preempted_seconds,
+            problem=problem,
         )
 
     def _path(self, phase: RowPhase) -> KernelPath:

@@ -90,7 +90,7 @@ class Router:
             return "stale_generation"
         if not wanted <= self._available:
             return "not_available"
-        if self.routing.guard.left_mode in wanted:
+        if wanted.intersection(self.routing.guard.left_modes):
             return "guarded"
         self._change(now, mode=wish.mode or self.routing.mode, split=wish.split)
         return ""
@@ -107,16 +107,21 @@ class Router:
         """Leave a mode that the shadow guard found wrong for unfused; whether there was traffic to save."""
         if not self.takes(mode) or KernelMode.UNFUSED not in self._available:
             return False
-        guard = msgspec.structs.replace(self.routing.guard, left_mode=mode, relative_error=relative_error)
+        before = self.routing.guard
+        left = (*before.left_modes, mode)
+        guard = msgspec.structs.replace(before, left_modes=left, relative_error=relative_error)
         self._change(now, mode=KernelMode.UNFUSED, split=None, guard=guard)
         return True
 
     def rearm(self, now: float) -> Refusal:
-        """Go back to the mode that the shadow guard left; a split that there was stays ended."""
+        """Go back to the mode that the shadow guard left last, and let all that it left be chosen again.
+
+        A split that there was stays ended.
+        """
         guard = self.routing.guard
         if guard.left_mode is None:
             return "not_fallen_back"
-        cleared = msgspec.structs.replace(guard, left_mode=None, relative_error=0.0)
+        cleared = msgspec.structs.replace(guard, left_modes=(), relative_error=0.0)
         self._change(now, mode=guard.left_mode, guard=cleared)
         return ""
 

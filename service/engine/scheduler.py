@@ -12,7 +12,7 @@ rank loses its blocks and is recomputed later. Knows nothing of tensors, sockets
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Sampled
@@ -25,6 +25,7 @@ from fusewire.service.engine.request import NO_SEAT, Request, Run
 from fusewire.service.engine.step_time import MIN_CHUNK, StepTimes
 from fusewire.service.messages import EndReason, Events, Scheduled, Token
 
+NOT_FINITE = "logits are not finite"
 MODES = tuple(KernelMode)
 TURNS = {mode: MODES[at + 1 :] + MODES[: at + 1] for at, mode in enumerate(MODES)}
 """Whose turn it is after a step of each mode, first to last."""
@@ -68,7 +69,7 @@ class Scheduler:
         self._last_mode = default_mode
         self._planned = self._settled = 0
         self._refused: tuple[Request, KernelMode, int] | None = None
-        """Who had no room last, on which mode, and how many blocks there were to spare."""
+        """The request that did not fit last, its mode and the pool's gains then."""
         self._live: dict[str, Request] = {}
         self._live_by_mode: Counter[KernelMode] = Counter()
         self._deadlines = Deadlines()
@@ -85,12 +86,12 @@ class Scheduler:
         self._deadlines.add(request)
         self.waiting.add(request)
         if self.pool.blocks_for(request.max_length) > self.pool.num_blocks:
-            self._end(request, "error")
+            self._end(request, "error", problem="prompt and answer do not fit the KV cache")
 
-    def finish(self, request_id: str, reason: EndReason) -> None:
-        """End a request from outside; unknown ids are ignored."""
+    def finish(self, request_id: str, reason: EndReason, problem: str = "") -> None:
+        """End a request from outside; unknown ids are ignored. A problem says why it ends as "error"."""
         if request := self._live.get(request_id):
-            self._end(request, reason)
+            self._end(request, reason, problem=problem)
 
     def reroute(self, route: Callable[[str], KernelMode]) -> None:
         """Let requests that pin no mode take what `route` names for their id, from the next plan on."""
@@ -223,13 +224,14 @@ class Scheduler:
         request = self.waiting.first(plan.mode)
         if request is None or request.last_step > self._settled:
             return None
-        spare = self.pool.num_free - len(self.running)  # leave each running answer room to grow
-        if self._refused and self._refused[:2] == (request, plan.mode) and spare <= self._refused[2]:
+        attempt = (request, plan.mode, self.pool.gains)
+        if self._refused == attempt:
             return None
+        spare = self.pool.num_free - len(self.running)  # leave each running answer room to grow
         cached = self._find_prefix(request, plan.mode)
         taken = self.pool.blocks_for(len(request.tokens)) - sum(map(self.pool.is_held, cached))
         if taken > spare:
-            self._refused = (request, plan.mode, spare)
+            self._refused = attempt
             return None
         self._refused = None
         self._seat(request, cached, plan)
@@ -277,7 +279,8 @@ class Scheduler:
         now: float,
         backend: str = "",
         seconds: float | None = None,
-    ) -> None:
+        nonfinite_rows: Collection[int] = (),
+    ) -> list[Request]:
         """Take a step's tokens into its requests and end those that are done.
 
         Args:
@@ -286,23 +289,39 @@ class Scheduler:
             now: when it did.
             backend: what ran the step.
             seconds: what the step took; None teaches nothing.
+            nonfinite_rows: rows, by index, whose blocks must not be found by others: their k or v are not
+                finite.
+
+        Returns:
+            The requests that ended because their logits were not finite.
         """
+        failed = []
         self._settled = plan.number
         if seconds is not None:
             self._times.learn(plan.mode, plan.decode_tokens, plan.prefill_tokens, plan.mean_context, seconds)
         block_size = self.pool.block_size
         decode_run, prefill_run = self._runs_of(plan.mode, backend)
         runs = [decode_run] * plan.decode_tokens + [prefill_run] * (len(plan.rows) - plan.decode_tokens)
-        for request, row, sample, run in zip(plan.requests, plan.rows, sampled, runs, strict=True):
+        for index, (request, row, sample, run) in enumerate(
+            zip(plan.requests, plan.rows, sampled, runs, strict=True)
+        ):
             if request.ended:
                 continue
             if request.last_run is not run:
                 request.note_run(run)
+            if index in nonfinite_rows:
+                request.chain = None
             computed = row.start + row.count
             if (chain := request.chain) is not None and computed // block_size > chain.registered:
                 self._register(request, computed)
-            if sample is not None:
+            if sample is None:
+                continue
+            if sample.token_id < 0:
+                self._end(request, "error", problem=NOT_FINITE)
+                failed.append(request)
+            else:
                 self._append(request, sample, now)
+        return failed
 
     def _runs_of(self, mode: KernelMode, backend: str) -> tuple[Run, Run]:
         """What a step is to its decode rows and to its prefill rows, the same objects each time."""
@@ -325,14 +344,16 @@ class Scheduler:
         elif len(request.tokens) == request.max_length:
             self._end(request, request.spec.end_reason_at_max)
 
-    def _end(self, request: Request, reason: EndReason, stop_id: int | None = None) -> None:
+    def _end(
+        self, request: Request, reason: EndReason, stop_id: int | None = None, problem: str = ""
+    ) -> None:
         del self._live[request.spec.request_id]
         self._live_by_mode[request.mode] -= 1
         if request.seat == NO_SEAT:
             self.waiting.remove(request)
         else:
             self._release(request)
-        self._events[request.owner].ended.append(request.end(reason, stop_id))
+        self._events[request.owner].ended.append(request.end(reason, stop_id, problem))
 
     def _release(self, request: Request) -> None:
         """Take seat and blocks back; what is on its way to the device for them comes before what follows."""

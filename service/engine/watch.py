@@ -78,7 +78,10 @@ class StepWatch:
         return tuple(timings), tuple(checks)
 
     def _passes(self, found: ShadowResult) -> bool:
-        """Whether a path is right; one that gives NaN is not."""
+        """Whether a path is right: not much further off than the unfused one, if beyond the threshold at all.
+
+        An error is infinite where a path gives no number: where both do, it is not the path's fault.
+        """
         allowed = max(self._threshold, MORE_THAN_UNFUSED * found.unfused_error)
         return found.relative_error <= allowed
 

@@ -116,9 +116,9 @@ class AdminService:
             case "not_available":
                 raise failed_precondition("mode", "is not served")
             case "guarded":
-                left = self._serving.engine.routing.guard.left_mode
+                left = ", ".join(self._serving.engine.routing.guard.left_modes)
                 raise failed_precondition(
-                    "mode", f"the shadow guard has left {left}; RearmShadowGuard goes back to it"
+                    "mode", f"the shadow guard has left {left}; RearmShadowGuard lets it be chosen again"
                 )
             case "not_fallen_back":
                 raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, "the shadow guard has not fallen back")
@@ -195,6 +195,7 @@ def _guard(routing: Routing) -> pb.ShadowGuard:
         threshold=guard.threshold,
         fallback_active=guard.left_mode is not None,
         left_mode=WIRE_MODES[guard.left_mode] if guard.left_mode is not None else None,
+        left_modes=[WIRE_MODES[mode] for mode in guard.left_modes],
         relative_error=guard.relative_error,
     )
 

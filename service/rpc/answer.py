@@ -92,6 +92,12 @@ class Answer:
         assert self.ended is not None
         return "stop" if self.has_stopped else self.ended.reason
 
+    @property
+    def problem(self) -> str:
+        """Why the engine ended it as "error", as far as it says; only once `ended` is set."""
+        assert self.ended is not None
+        return self.ended.problem
+
     def take(self, events: Iterable[RequestEvent]) -> list[pb.StreamGenerateResponse]:
         """Take in what has happened and return what the client may see of it, all but the Finished."""
         responses: list[pb.StreamGenerateResponse] = []

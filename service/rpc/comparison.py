@@ -198,6 +198,8 @@ class Comparison:
         if reply.refusal == "no_room":
             times_only = await ask(*modes, [], len(prompt_ids), sizes)
             reply = msgspec.structs.replace(reply, qk=times_only.qk)
+        if reply.refusal == "failed":
+            raise StatusError(grpc.StatusCode.INTERNAL, "the paths' logits could not be compared")
         return reply
 
 

@@ -107,7 +107,8 @@ class Run:
         """
         reason = self.answer.reason
         if reason == "error":
-            raise StatusError(grpc.StatusCode.INTERNAL, "the request could not be computed")
+            problem = self.answer.problem or "the request could not be computed"
+            raise StatusError(grpc.StatusCode.INTERNAL, problem)
         if reason == "time_limit" and call.is_overdue:
             raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed")
         return self.answer.finished()

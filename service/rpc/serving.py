@@ -278,7 +278,7 @@ class Serving:
         if guard.left_mode is None:
             return []
         return [
-            f"the shadow guard left {guard.left_mode} for unfused: relative error "
+            f"the shadow guard left {', '.join(guard.left_modes)} for unfused: relative error "
             f"{guard.relative_error:.3g}, threshold {guard.threshold:.3g}"
         ]
 

@@ -107,7 +107,7 @@ def test_it_starts_and_ends_a_split_and_warns_of_coupled_latencies(tmp_path: Pat
 def test_it_shows_a_fallback_of_the_guard_and_offers_to_rearm(tmp_path: Path) -> None:
     async def body(server: Rig, browser: Browser) -> None:
         assert await browser.evaluate("document.getElementById('rearm').hidden")
-        fallen = GuardState(100, 1e-3, left_mode=KernelMode.FUSED, relative_error=0.01)
+        fallen = GuardState(100, 1e-3, left_modes=(KernelMode.FUSED,), relative_error=0.01)
         server.serving.engine.routing = Routing(KernelMode.UNFUSED, 2, guard=fallen)
         await browser.until("!document.getElementById('rearm').hidden")
         assert (await browser.text("guard")).startswith("fell back from fused: relative error 1.00e-2")

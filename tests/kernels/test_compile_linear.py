@@ -10,9 +10,16 @@ from fusewire.kernels.linear_plans import TABLE, LinearKind, LinearPlan, plan_fo
 from fusewire.kernels.skinny_linear import Extras
 from tests.kernels.test_compile import BF16, compile_ptx, spilled_bytes
 
-TYPES = {"num_tokens": "i32", "x_stride": "i32", "out_stride": "i32", "stride": "i32", "eps": "fp32"}
+TYPES = {
+    "num_tokens": "i32",
+    "x_stride": "i32",
+    "out_stride": "i32",
+    "stride": "i32",
+    "eps": "fp32",
+    "flag": "*i32",
+}
 EXTRAS = {
-    LinearKind.NORM_LINEAR: Extras(norm=True),
+    LinearKind.NORM_LINEAR: Extras(norm=True, kept_rows=2048),
     LinearKind.LINEAR_ADD: Extras(residual=True),
     LinearKind.NORM_GLU: Extras(norm=True, glu=True),
 }
@@ -71,6 +78,7 @@ def test_a_chosen_plan_loads_vectors_and_does_not_spill(kind, outputs, width, to
     if plan.prefetch_k:
         assert ahead.count("cp.async.bulk.prefetch.L2.global") == 1
     assert not re.search(r"\bst\.global", ahead)
+    assert ahead.count("ld.global.b32") == (plan.norm_inside and kind is LinearKind.NORM_LINEAR)  # the flag
 
 
 @pytest.mark.parametrize("kind", LinearKind)
@@ -102,14 +110,17 @@ def test_wide_tiles_multiply_in_warp_groups():
 @pytest.mark.parametrize("width", [1024, 3072, 4096, 12288])
 def test_neighbours_load_vectors_and_do_not_spill(architecture, width, tmp_path):
     overlap = architecture >= H100
-    norm = {"K": width, "BLOCK_K": triton.next_power_of_2(width), "OVERLAP": overlap}
+    norm = {"K": width, "BLOCK_K": triton.next_power_of_2(width), "KEPT_ROWS": 0, "OVERLAP": overlap}
     product = {"WIDTH": width, "BLOCK": silu_mul.block_of(width), "OVERLAP": overlap}
-    for kernel, constants, warps in (
-        (rms_norm.rms_norm_kernel, norm, rms_norm.warps_of(width, BF16)),
-        (silu_mul.silu_mul_kernel, product, silu_mul.NUM_WARPS),
+    for kernel, constants, warps, flags in (
+        (rms_norm.rms_norm_kernel, norm, rms_norm.warps_of(width, BF16), 0),
+        (rms_norm.rms_norm_kernel, norm | {"KEPT_ROWS": 64}, rms_norm.warps_of(width, BF16), 1),
+        (silu_mul.silu_mul_kernel, product, silu_mul.NUM_WARPS, 0),
     ):
         ptx = compile_ptx(kernel, constants, TYPES, warps, architecture, launch_pdl=overlap)
         accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*", ptx)
+        assert accesses.count("ld.global.b32") == flags
+        accesses = [access for access in accesses if access != "ld.global.b32"]
         assert accesses
         assert all(".v4.b32" in access for access in accesses)
         assert spilled_bytes(ptx, tmp_path) == 0

@@ -5,7 +5,7 @@ import torch
 import triton
 
 from fusewire.kernels import (
-    copy_rows,
+    finite_blocks,
     paged_decode,
     paged_prefill,
     qk_norm_rope_cache,
@@ -22,7 +22,7 @@ from tests.tools.model_driver import Checkpoint
 from tests.tools.random_checkpoint import Shape, write_checkpoint
 
 CACHES = (
-    copy_rows._compile, paged_decode._compile, paged_prefill._compile, qk_norm_rope_cache._compile,
+    finite_blocks._compile, paged_decode._compile, paged_prefill._compile, qk_norm_rope_cache._compile,
     rms_norm._compile, sampling._compile, silu_mul._compile, skinny_linear.compile_launch,
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The runner: options, sizes and errors, and greedy generation against transformers."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -313,3 +314,73 @@ def test_random_checkpoints_bring_a_tokenizer_along(tmp_path: Path) -> None:
     write_checkpoint(shape, tmp_path / "out", tokenizer=source, dtype="float16")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert make_runner(tmp_path / "out").config.dtype == "float16"
+
+
+def spoil_token(runner: ModelRunner) -> None:
+    runner._model.embedding[5] = math.nan
+
+
+def spoil_head(runner: ModelRunner) -> None:
+    runner._model.head.data *= 3e4
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mode", KernelMode)
+@pytest.mark.parametrize("asked", [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, logprobs=2)])
+def test_a_row_without_finite_logits_has_no_token_and_the_others_are_unharmed(
+    checkpoint: Checkpoint, mode: KernelMode, asked: SamplingParams, device: str
+) -> None:
+    """In prefill and in decode, also where others have blocks that held a NaN."""
+    clean, spoiled = (make_runner(checkpoint.folder, device=device, dtype="float16") for _ in range(2))
+    spoil_token(spoiled)
+    prompts = [list(range(20, 40)), [*range(20, 30), 5, *range(31, 41)], [50] * 3]
+    share = 8
+    found = {}
+    for runner in (clean, spoiled):
+        runner.warm_up([mode])
+        seated = [
+            Seating(seat, prompt, len(prompt), range(seat * share, seat * share + share), asked)
+            for seat, prompt in enumerate(prompts)
+        ]
+        rows = [Row(seat, 0, len(prompt), samples=True) for seat, prompt in enumerate(prompts)]
+        steps = [Step(mode, rows, seated)]
+        for extra in range(2):
+            steps.append(
+                Step(mode, [Row(seat, len(p) + extra, 1, samples=True) for seat, p in enumerate(prompts)])
+            )
+        launched = [runner.launch(step) for step in steps]
+        tokens = [[sampled.token_id for sampled in runner.collect(each)] for each in launched]
+        found[runner] = tokens, [runner.nonfinite_rows(each) for each in launched]
+        reused = Seating(
+            1, prompts[0], 20, range(share, 2 * share), asked
+        )  # the blocks of the row in the middle
+        (again,) = runner.run(Step(mode, [Row(1, 0, 20, samples=True)], [reused]))
+        assert again.token_id == tokens[0][0]
+    (expected, fine), (tokens, wrong) = found[clean], found[spoiled]
+    assert fine == [frozenset()] * 3
+    assert wrong[0] == {1}, "its second block; and the first of a row that completes none is not looked at"
+    assert tokens == [[a, -1, c] for a, _, c in expected]
+    assert all(token >= 0 for step in expected for token in step)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_logits_that_overflow_are_no_choice_and_the_blocks_are_fine(
+    checkpoint: Checkpoint, device: str
+) -> None:
+    runner = make_runner(checkpoint.folder, device=device, dtype="float16")
+    spoil_head(runner)
+    launched = runner.launch(one_row(list(range(16)), params=SamplingParams(repetition_penalty=1.2)))
+    (sampled,) = runner.collect(launched)
+    assert sampled is not None
+    assert sampled.token_id == -1
+    assert runner.nonfinite_rows(launched) == frozenset()
+
+
+def test_a_chunk_that_samples_nothing_tells_of_its_blocks_too(checkpoint: Checkpoint) -> None:
+    runner = make_runner(checkpoint.folder)
+    spoil_token(runner)
+    step = one_row([1] * 8 + [5] + [1] * 7)
+    for count, expected in ((8, frozenset()), (16, {0})):
+        launched = runner.launch(Step(step.mode, [Row(0, 0, count, samples=False)], step.seatings))
+        assert runner.collect(launched) == [None]
+        assert runner.nonfinite_rows(launched) == expected

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -37,6 +38,13 @@ def settled(runner: ModelRunner) -> list[ShadowResult]:
     found = runner.take_observations()
     assert all(isinstance(each, ShadowResult) for each in found)
     return found  # type: ignore[return-value]
+
+
+def kept_rows(runner: ModelRunner) -> Tensor:
+    """What the step launched last has left of the layer whose turn it was."""
+    capture = runner._observer.capture_of_steps
+    assert capture is not None
+    return capture.rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,9 +122,7 @@ def test_the_stream_that_is_looked_at_is_the_layers_own(checkpoint: Checkpoint) 
     for layer in range(LAYERS):
         (result,) = checked(runner, prefill(KernelMode.FUSED, PROMPTS), 0)
         assert result.layer == layer
-        batch, tap = runner._last
-        assert tap.layer == layer
-        _, keys, _ = exact_qkv(runner._model.sites[layer], tap.kept[:43], batch.positions)
+        _, keys, _ = exact_qkv(runner._model.sites[layer], kept_rows(runner)[:43], runner._last.positions)
         torch.testing.assert_close(keys[:40], cached_keys(runner, layer, 0, 40), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(keys[40:], cached_keys(runner, layer, 1, 3), rtol=1e-5, atol=1e-5)
 
@@ -201,12 +207,49 @@ def test_only_paths_that_are_warmed_up_are_looked_at(checkpoint: Checkpoint) -> 
     ]
 
 
-def test_the_graphs_of_a_path_take_turns_over_the_layers(checkpoint: Checkpoint) -> None:
-    observer = make_runner(checkpoint.folder)._observer
-    taps = [observer.taps_of_graph(number) for number in range(LAYERS)]
-    assert [tap.layer for twins in taps for tap in twins] == [0, 1, 2, 0, 1, 2]
-    off = make_runner(checkpoint.folder, shadow=False)._observer
-    assert {tap.layer for tap in (off.tap, *off.taps_of_graph(1))} == {-1}
+def check_that_every_layer_has_its_turn(runner: ModelRunner) -> None:
+    """Plant a fault in a middle layer, and see it found there alone by steps of one and the same shape."""
+    runner.warm_up([KernelMode.UNFUSED, KernelMode.FUSED])
+    assert runner.take_observations() == []
+    site = runner._model.sites[1]
+    site.q_weights[KernelMode.FUSED].copy_(site.q_weight * 1.05)
+    threshold = default_threshold("bfloat16")
+    runner.run(prefill(KernelMode.FUSED, PROMPTS))
+    found = {}
+    for turn in range(LAYERS):
+        (result,) = checked(runner, decode(KernelMode.FUSED, [40 + turn, 3 + turn]), 2)
+        found[result.layer] = result.relative_error > threshold
+    assert found == {0: False, 1: True, 2: False}
+
+
+def planted(folder: Path, device: str) -> ModelRunner:
+    """A runner whose fused path has a q norm weight of its own in every layer, so that one can be changed."""
+    runner = make_runner(folder, device=device, dtype="bfloat16")
+    for site in runner._model.sites:
+        site.plant_fault(KernelMode.FUSED, 1.0)
+    return runner
+
+
+def test_every_layer_has_its_turn(checkpoint: Checkpoint) -> None:
+    check_that_every_layer_has_its_turn(planted(checkpoint.folder, "cpu"))
+
+
+@pytest.mark.gpu
+def test_every_layer_has_its_turn_in_a_graph(checkpoint: Checkpoint) -> None:
+    check_that_every_layer_has_its_turn(planted(checkpoint.folder, "cuda"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_that_are_not_finite_blame_no_path_and_hide_no_fault(checkpoint: Checkpoint, dtype: str) -> None:
+    runner = make_runner(checkpoint.folder, dtype=dtype)
+    runner._model.embedding[5] = math.nan
+    (result,) = checked(runner, prefill(KernelMode.FUSED, PROMPTS), 0)  # the second prompt begins with 5
+    assert result.relative_error < default_threshold(dtype)
+    assert checked(runner, prefill(KernelMode.FUSED, [[5, 6]]), 0) == [], "no row is left to judge by"
+    for site in runner._model.sites:
+        site.plant_fault(KernelMode.FUSED, 1.05)
+    (result,) = checked(runner, prefill(KernelMode.FUSED, PROMPTS), 0)
+    assert result.relative_error > default_threshold(dtype)
 
 
 def test_rows_are_sampled_evenly_and_all_in_their_turn() -> None:
@@ -231,18 +274,16 @@ def test_a_replayed_step_leaves_the_stream_of_the_layer_it_says(
             (result,) = checked(runner, step, decode_tokens)
             assert result.relative_error < 0.85 * default_threshold("bfloat16")
             assert result.unfused_error < 1.2 * default_threshold("bfloat16")
-            batch, tap = runner._last
-            assert tap.layer == result.layer
-            layers.add(tap.layer)
+            layers.add(result.layer)
             last = step.rows[-1]
             _, keys, _ = exact_qkv(
-                runner._model.sites[tap.layer],
-                tap.kept[: step.num_tokens],
-                batch.positions[: step.num_tokens],
+                runner._model.sites[result.layer],
+                kept_rows(runner)[: step.num_tokens],
+                runner._last.positions[: step.num_tokens],
             )
-            cached = cached_keys(runner, tap.layer, last.seat, last.start + last.count)[-last.count :]
+            cached = cached_keys(runner, result.layer, last.seat, last.start + last.count)[-last.count :]
             torch.testing.assert_close(keys[-last.count :], cached.float(), rtol=0.05, atol=0.1)
-    assert len(layers) > 1
+    assert layers == set(range(LAYERS))
 
 
 @pytest.mark.gpu

@@ -476,6 +476,7 @@ def test_mode_get(fusewire, server: FakeServer) -> None:
             "threshold": 0.02,
             "fallback_active": False,
             "left_mode": "unspecified",
+            "left_modes": [],
             "relative_error": 0.0,
         },
     }
@@ -491,11 +492,11 @@ def test_mode_get_tells_of_a_split_and_of_a_fallback(fusewire, server: FakeServe
     assert out.endswith("split: unfused 90 %, fused 10 %, each request by itself\nguard: off\n")
     current.split_kind, current.slice_seconds = admin_pb2.SPLIT_KIND_TIME_SLICE, 2.5
     current.guard.fallback_active = True
-    current.guard.left_mode = kernel_pb2.KERNEL_MODE_FUSED
+    current.guard.left_modes.extend([kernel_pb2.KERNEL_MODE_FUSED_NORM, kernel_pb2.KERNEL_MODE_FUSED])
     current.guard.relative_error = 0.05
     out = fusewire("mode", "get", "--target", server.target).out
     assert "split: unfused 90 %, fused 10 %, in time slices of 2.5 s\n" in out
-    assert "guard: fell back from fused to unfused at a relative error of 5.00e-02" in out
+    assert "guard: fell back from fused_norm, fused to unfused at a relative error of 5.00e-02" in out
 
 
 def test_mode_get_of_a_server_without_a_guard(fusewire, server: FakeServer) -> None:

@@ -48,6 +48,12 @@ class CountingRunner:
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
 
+    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
+        return frozenset()
+
+    def check_device(self) -> None:
+        """Nothing can break it."""
+
     def launch(self, step: Step) -> list[Sampled | None]:
         self.modes.append(step.mode)
         self.prompt_lens |= {seating.seat: seating.prompt_len for seating in step.seatings}

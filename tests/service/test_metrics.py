@@ -178,8 +178,15 @@ def test_what_is_seen_of_the_paths_in_sampled_steps_is_shown() -> None:
     assert value(metrics, "shadow_checks_total", result="failed") == 1
     taken = {"phase": "prefill", "kernel_mode": "unfused"}
     assert value(metrics, "qk_norm_kernel_duration_seconds_sum", **taken) == pytest.approx(1.4e-4)
-    metrics.observe_step(report([], checks=(ShadowCheck("decode", KernelMode.FUSED, math.nan, 0, False),)))
-    assert math.isnan(value(metrics, "shadow_max_relative_error", phase="decode") or 0)
+    metrics.observe_step(report([], checks=(ShadowCheck("decode", KernelMode.FUSED, math.inf, 0, False),)))
+    assert value(metrics, "shadow_max_relative_error", phase="decode") == math.inf
+
+
+def test_requests_without_finite_logits_are_counted_by_path() -> None:
+    metrics = Metrics("m")
+    metrics.observe_step(report([], kernel_mode=KernelMode.UNFUSED, nonfinite_logits=2))
+    assert value(metrics, "nonfinite_logits_total", kernel_mode="unfused") == 2
+    assert value(metrics, "nonfinite_logits_total", kernel_mode="fused") == 0
 
 
 def test_a_switch_is_counted_and_a_turn_of_time_slices_is_not() -> None:

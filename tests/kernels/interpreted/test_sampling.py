@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fusewire.kernels import sampling
 from fusewire.kernels.sampling import (
+    FORBIDDEN,
     draw,
     draw_reference,
     find_floors,
@@ -96,21 +97,41 @@ def test_some_rows_of_a_batch():
     assert (ids >= 0).tolist() == [True, False, True, False, True]
 
 
-def test_equal_logits_and_none_to_choose_from():
-    logits = torch.full((4, 3000), -5.0)
+def test_equal_logits_and_none_that_may_be_drawn():
+    logits = torch.full((2, 3000), -5.0)
     logits[0, [900, 2100]] = 2.0
-    logits[1] = float("-inf")
-    logits[2] = float("nan")
-    logits[3, :2500] = float("nan")
-    logits[3, 2900] = 7.0
-    batch = Batch(4, 3000)
-    workspace = workspace_for(4, 3000, CPU)
-    assert batch.draw(draw, logits, workspace)[0].tolist() == [900, 0, 0, 2900]
-    batch = Batch(4, 3000, temperature=1e-3, top_p=0.9, top_k=7)
+    logits[1] = FORBIDDEN
+    batch = Batch(2, 3000)
+    workspace = workspace_for(2, 3000, CPU)
+    assert batch.draw(draw, logits, workspace)[0].tolist() == [900, 0]
+    batch = Batch(2, 3000, temperature=1e-3, top_p=0.9, top_k=7)
     floors = find_floors(logits, batch.seats, batch.knobs, workspace)
     ids = batch.draw(draw, logits, workspace, floors)[0].tolist()
     assert ids[0] in (900, 2100)
-    assert ids[1:] == [0, 0, 2900]
+    assert 0 <= ids[1] < 3000
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.float16, 0.0)])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_has_no_choice_and_the_others_keep_theirs(broken, dtype, temperature):
+    batch = Batch(6, 1100, temperature=temperature, top_p=0.9, repetition=[1.0, 1.0, 1.0, 1e-30, 1.0, 1.0])
+    logits = random_logits(6, 1100).to(dtype)
+    workspace, rows = workspace_for(6, 1100, CPU), torch.arange(6)
+    clean, clean_tokens = batch.draw(draw, logits, workspace)
+    logits[1, 1099] = logits[4, 0] = logits[5] = broken
+    args = (rows, batch.seats, batch.lengths, batch.knobs, batch.tokens, LONGEST)
+    for way, lower in ((draw_reference, penalise_reference), (draw, penalise)):
+        memory = (workspace,) if way is draw else ()
+        ids, tokens = batch.draw(way, logits, *memory)
+        assert ids.tolist() == [*clean[:1], -1, *clean[2:4], -1, -1]
+        appended = tokens[batch.seats.long(), batch.lengths.long()]
+        assert torch.equal(appended, ids.clamp(min=0))
+        floors = find_floors(logits, batch.seats, batch.knobs, workspace)
+        assert (batch.draw(way, logits, *memory, floors)[0] < 0).tolist() == [0, 1, 0, 0, 1, 1]
+        lowered = lower(logits, *args)
+        assert (batch.draw(way, lowered, *memory)[0] < 0).tolist() == [0, 1, 0, 0, 1, 1]
+    assert (clean_tokens >= 0).all()
 
 
 @pytest.mark.parametrize("shift", [0.0, -30.0, 30.0])

@@ -7,6 +7,7 @@ import torch
 
 from fusewire.kernels.linear_plans import LinearPlan
 from fusewire.kernels.rms_norm import rms_norm
+from fusewire.kernels.row_capture import RowCapture
 from fusewire.kernels.silu_mul import silu_mul
 from fusewire.kernels.skinny_linear import launch, skinny_linear_reference
 from tests.kernels.cases import POISON
@@ -129,6 +130,25 @@ def test_rms_norm(dtype, width, padding):
     want = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), EPS)
     tolerance = {"rtol": 2**-10, "atol": 1e-6} if dtype == torch.float16 else TOLERANCE[dtype]
     torch.testing.assert_close(rms_norm(x, weight, EPS).double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("most", [2, 8])
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_rows_are_kept_when_they_are_wanted(wanted, most):
+    """By the norm and by the product with the norm inside, of one token and of more."""
+    for tokens, plan in ((1, LANES), (3, CORES), (3, None)):
+        x, weight, scale, *_ = draw(tokens, 16, torch.float16, row_padding=16)
+        kept = torch.full((most, WIDTH), POISON, dtype=torch.float16)
+        capture = RowCapture(torch.tensor([wanted], dtype=torch.int32), kept)
+        if plan is None:
+            assert torch.equal(rms_norm(x, scale, EPS, capture=capture), rms_norm(x, scale, EPS))
+        else:
+            got = launch(x, weight, None, plan, norm_weight=scale, eps=EPS, capture=capture)
+            assert torch.equal(got, launch(x, weight, None, plan, norm_weight=scale, eps=EPS))
+        expected = torch.full_like(kept, POISON)
+        RowCapture(capture.flag, expected).copy_reference(x)
+        assert torch.equal(kept, expected)
+        assert torch.equal(kept[0], x[0]) is bool(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

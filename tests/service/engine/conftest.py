@@ -43,6 +43,12 @@ class FakeRunner:
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
 
+    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
+        return frozenset()
+
+    def check_device(self) -> None:
+        """Nothing can break it."""
+
     def launch(self, step: Step) -> list[Sampled | None]:
         self.modes.append(step.mode)
         for seating in step.seatings:

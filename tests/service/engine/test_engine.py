@@ -433,3 +433,102 @@ def test_an_examination_ends_with_its_front_end(fake_runner) -> None:
     desk.engine.step()
     assert desk.pool.num_free == 64
     assert desk.engine.is_idle
+
+
+POISON = 13
+
+
+def failing(fake_runner: Any, broken: bool = False) -> Any:
+    """A fake device whose steps fail if the sequence of one of their rows holds `POISON`.
+
+    If it is broken, that is the end of it.
+    """
+
+    class FailingRunner(fake_runner):
+        def launch(self, step: Step) -> Any:
+            tokens = {seat: known.tokens for seat, known in self.seats.items()}
+            tokens |= {seating.seat: seating.token_ids for seating in step.seatings}
+            if any(POISON in tokens[row.seat][: row.start + row.count] for row in step.rows):
+                raise IndexError("index out of range in self")
+            return super().launch(step)
+
+        def check_device(self) -> None:
+            if broken:
+                raise RuntimeError("device-side assert triggered")
+
+        def next_token(self, tokens: Any, banned: Any = ()) -> int:
+            return super().next_token(tokens, {*banned, POISON})
+
+    return FailingRunner(64, 4)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_that_fails_ends_the_request_that_it_failed_for_alone(overlap: bool, fake_runner) -> None:
+    """In prefill with others, and alone; the engine goes on, nothing is lost."""
+    desk = Desk(failing(fake_runner), overlap)
+    desk.add("a", max_tokens=9)
+    desk.engine.step()
+    desk.engine.step()
+    desk.tell(AddRequest("bad", [7, POISON, 9], SamplingParams(), 4, 0.0))
+    desk.add("b", max_tokens=9)
+    desk.finish()
+    desk.tell(AddRequest("worse", [POISON], SamplingParams(), 4, 0.0))
+    desk.add("c", max_tokens=9)
+    desk.finish()
+    (front_end,) = desk.front_ends
+    ended = {event.request_id: event for event in front_end.events if isinstance(event, Ended)}
+    assert {name: end.reason for name, end in ended.items()} == {
+        "a": "length", "b": "length", "c": "length", "bad": "error", "worse": "error",
+    }  # fmt: skip
+    assert ended["bad"].problem == "the request could not be computed"
+    expected = desk.runner.expected_answer([7, 8, 9], 9)
+    for name in "abc":
+        own = [e.token_id for e in front_end.events if isinstance(e, Token) and e.request_id == name]
+        assert own == expected
+    assert desk.pool.num_free == 64
+
+
+def test_a_device_that_runs_nothing_more_ends_the_engine(fake_runner) -> None:
+    desk = Desk(failing(fake_runner, broken=True))
+    desk.tell(AddRequest("bad", [POISON], SamplingParams(), 4, 0.0))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        desk.finish()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_ids": [7, 97]},
+        {"prompt_ids": [-1]},
+        {"sampling": SamplingParams(logit_bias={97: 1.0})},
+        {"stop_ids": [97]},
+        {"eos_ids": [97]},
+    ],
+    ids=str,
+)
+def test_a_request_with_an_id_that_the_model_does_not_have_never_runs(wrong: Any, fake_runner) -> None:
+    desk = Desk(fake_runner(64, 4))
+    good = AddRequest("bad", [7, 8], SamplingParams(), 4, 0.0)
+    desk.tell(msgspec.structs.replace(good, **wrong))
+    desk.finish()
+    (ended,) = desk.front_ends[0].events
+    assert (ended.request_id, ended.reason) == ("bad", "error")
+    assert ended.problem in ("the model has no token 97", "the model has no token -1")
+    assert desk.runner.modes == []
+
+
+def test_an_examination_that_fails_ends_alone(fake_runner) -> None:
+    class FailingExaminer(Examiner):
+        def compare_logits(self, *wish: Any):
+            yield None
+            raise IndexError("index out of range in self")
+
+    desk = Desk(fake_runner(64, 4), examiner=FailingExaminer())
+    desk.add("a", max_tokens=12)
+    desk.tell(examination())
+    desk.tell(examination(call_id=6, token_ids=[97], prompt_len=1))
+    desk.finish()
+    replies = {m.call_id: m.refusal for m in desk.front_ends[0].messages if isinstance(m, ExamineReply)}
+    assert replies == {5: "failed", 6: "failed"}
+    assert [type(event) for event in desk.front_ends[0].events] == [Scheduled, *[Token] * 12, Ended]
+    assert desk.pool.num_free == 64

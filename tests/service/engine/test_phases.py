@@ -207,6 +207,12 @@ class Device:
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
 
+    def nonfinite_rows(self, launched: Any) -> frozenset[int]:
+        return frozenset()
+
+    def check_device(self) -> None:
+        """Nothing can break it."""
+
     def device_seconds(self, launched: Any) -> float:
         return PACE
 

@@ -91,7 +91,7 @@ def test_a_failed_check_leaves_the_path_until_it_is_rearmed() -> None:
     router = make_router()
     assert router.fall_back(FUSED, 0.02, 300.0)
     assert router.routing.mode is UNFUSED
-    assert router.routing.guard == GuardState(1000, 0.01, FUSED, 0.02)
+    assert router.routing.guard == GuardState(1000, 0.01, (FUSED,), 0.02)
     assert router.choose(wish(FUSED), 301.0) == "guarded"
     assert router.choose(wish(split=HALVES), 301.0) == "guarded"
     assert router.choose(wish(FUSED_NORM), 301.0) == "", "other paths may be chosen"
@@ -99,6 +99,19 @@ def test_a_failed_check_leaves_the_path_until_it_is_rearmed() -> None:
     assert (router.routing.mode, router.routing.generation) == (FUSED, 4)
     assert router.routing.guard == GuardState(1000, 0.01)
     assert router.rearm(303.0) == "not_fallen_back"
+
+
+def test_every_path_that_failed_stays_closed_until_it_is_rearmed() -> None:
+    router = make_router()
+    assert router.fall_back(FUSED, 0.02, 300.0)
+    assert router.choose(wish(FUSED_NORM), 301.0) == ""
+    assert router.fall_back(FUSED_NORM, 0.03, 302.0)
+    assert router.routing.guard == GuardState(1000, 0.01, (FUSED, FUSED_NORM), 0.03)
+    assert router.choose(wish(FUSED), 303.0) == "guarded"
+    assert router.choose(wish(FUSED_NORM), 303.0) == "guarded"
+    assert router.rearm(304.0) == ""
+    assert router.routing.mode is FUSED_NORM
+    assert router.choose(wish(FUSED), 305.0) == ""
 
 
 def test_a_path_that_has_no_traffic_is_not_left() -> None:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.model.batch import Sampled
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.request import Request
 from fusewire.service.engine.scheduler import Scheduler
@@ -84,6 +85,17 @@ class Watch:
             if request.pin:
                 modes = {slot and slot[1] for slot in self.runner.slots_of(row)}
                 assert modes == {request.pin}, "a pinned request reads what another mode computed"
+        first = self.scheduler.waiting.first(plan.mode)
+        if first is not None and len(running) < self.max_running and plan.step.num_tokens < self.budget:
+            has_row_under_way = first.last_step >= plan.number - 1
+            assert has_row_under_way or not self.fits(first), "a request waits although it fits"
+
+    def fits(self, request: Request) -> bool:
+        """Whether a waiting request could be given blocks now, each running answer's next one left aside."""
+        pool = self.scheduler.pool
+        cached = self.scheduler._find_prefix(request, request.mode)
+        needed = pool.blocks_for(len(request.tokens)) - sum(map(pool.is_held, cached))
+        return needed <= pool.num_free - len(self.scheduler.running)
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -456,3 +468,44 @@ def test_shared_blocks_count_once_for_admission(fake_runner, make_loop, make_req
     loop.turn()
     assert len(scheduler.running) == 3
     assert scheduler.pool.num_blocks - scheduler.pool.num_free == 13
+
+
+def test_a_waiting_request_is_admitted_once_its_prefix_is_there(fake_runner, make_loop, make_request) -> None:
+    """Seven blocks: one prompt takes five, and what is left holds the other as soon as it shares four."""
+    scheduler = make_scheduler(num_blocks=7, budget=32)
+    loop = make_loop(scheduler, fake_runner(7, 4), overlap=False)
+    scheduler.add(make_request([5] * 17, 8))
+    scheduler.add(second := make_request([5] * 16 + [6, 7], 2))
+    loop.turn()
+    assert scheduler.running == [scheduler.find("r0")]
+    loop.turn()
+    assert second in scheduler.running
+
+
+def test_a_request_without_finite_logits_ends_alone(fake_runner, make_loop, make_request) -> None:
+    runner = fake_runner(64, 4)
+    scheduler = make_scheduler()
+    scheduler.add(make_request([1, 2, 3]))
+    scheduler.add(make_request([4, 5, 6]))
+    plan = scheduler.plan(0.0)
+    (first, _) = runner.collect(runner.launch(plan.step))
+    assert [failed.spec.request_id for failed in scheduler.commit(plan, [first, Sampled(-1)], 0.0)] == ["r1"]
+    loop = make_loop(scheduler, runner, overlap=False)
+    events = loop.run()
+    assert tokens_of(events, "r0") == runner.expected_answer([1, 2, 3], 4)
+    ends = ends_of(events)
+    assert (ends["r1"].reason, ends["r1"].problem) == ("error", "logits are not finite")
+    assert tokens_of(events, "r1") == []
+    assert scheduler.pool.num_free == 64
+
+
+def test_blocks_that_are_not_finite_are_not_found_by_others(fake_runner, make_loop, make_request) -> None:
+    """Nor are the blocks after them, which attend to them."""
+    runner = fake_runner(64, 4)
+    scheduler = make_scheduler(budget=64)
+    for number in range(2):
+        scheduler.add(make_request([number] * 12, 9))
+    plan = scheduler.plan(0.0)
+    scheduler.commit(plan, runner.collect(runner.launch(plan.step)), 0.0, nonfinite_rows={1})
+    make_loop(scheduler, runner, overlap=False).run()
+    assert scheduler.pool.num_keyed == 20 // 4, "those of the other request"

@@ -65,7 +65,8 @@ def test_what_is_seen_is_judged_by_the_threshold() -> None:
         Looks(
             ShadowResult("decode", FUSED, 3, 0.01, 0.002),
             ShadowResult("prefill", FUSED, 3, 0.0101, 0.002),
-            ShadowResult("prefill", FUSED, 4, math.nan, 0.002),
+            ShadowResult("prefill", FUSED, 4, math.inf, 0.002),
+            ShadowResult("prefill", FUSED, 4, math.inf, math.inf),
             ShadowResult("prefill", FUSED, 5, 0.03, 0.02),
             ShadowResult("prefill", FUSED, 6, 0.031, 0.02),
             QKTime("decode", UNFUSED, 4, 2e-6),
@@ -76,7 +77,7 @@ def test_what_is_seen_is_judged_by_the_threshold() -> None:
     )
     timings, checks = watch.take()
     assert timings == (QKTiming("decode", UNFUSED, 2e-6),)
-    assert [check.passed for check in checks] == [True, False, False, True, False], (
+    assert [check.passed for check in checks] == [True, False, False, True, True, False], (
         "where unfused errs too, leaving the path would not help"
     )
     assert checks[0] == ShadowCheck("decode", FUSED, 0.01, 0.002, passed=True)
