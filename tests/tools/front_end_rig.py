@@ -64,6 +64,12 @@ class ScriptedRunner:
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return BACKENDS[mode]
 
+    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
+        return frozenset()
+
+    def check_device(self) -> None:
+        """Nothing can break it."""
+
     def launch(self, step: Step) -> list[Sampled | None]:
         self.seats |= {seating.seat: seating for seating in step.seatings}
         return [self._sample(row) for row in step.rows]
