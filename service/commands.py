@@ -322,7 +322,7 @@ def _add_template_arguments(
         )
     try:
         request.chat.template_arguments.update(dict(args.template_argument))
-    except (OverflowError, ValueError) as error:  # a number or a text that the wire cannot hold
+    except (OverflowError, RecursionError, ValueError) as error:  # what the wire cannot hold
         raise UnusableOption(f"{template_arguments.FLAG}: {error}") from error
 
 

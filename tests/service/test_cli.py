@@ -316,6 +316,7 @@ def test_phases_on_different_paths_are_told_apart(fusewire, server: FakeServer) 
         (["chat", "--template-argument", "=1"], "--template-argument"),
         (["chat", "--template-argument", f"x=1{'0' * 400}"], "--template-argument"),
         (["chat", "--template-argument", 'x="\\ud800"'], "--template-argument"),
+        (["chat", "--template-argument", f"x={'[' * 900}{']' * 900}"], "--template-argument"),
         (["generate", "x", "--tls-cert", "c"], "--tls-key"),
         (["generate", "x", "--tls-cert", "c", "--tls-key", "k"], "--tls-ca"),
         (["generate", "x", "--tls-ca", "/absent"], "--tls-ca"),
