@@ -23,7 +23,7 @@ class Conversation:
 
     Args:
         client: the server that answers.
-        request: how to generate; its prompt is replaced.
+        request: how to generate, a chat prompt without messages included.
         system: the first turn, if there is one.
         timeout: seconds that an answer may take.
     """
@@ -74,7 +74,8 @@ class Conversation:
     def _say(self, text: str) -> None:
         """Send a turn. It stays in the conversation only with its answer, so a failed one can be retried."""
         turns = [*self._turns, turn("user", text)]
-        self._request.chat.CopyFrom(generation_pb2.ChatPrompt(messages=turns))
+        del self._request.chat.messages[:]
+        self._request.chat.messages.extend(turns)
         try:
             answer = show_answer(self._client, self._request, self._timeout)
         except CallFailed as failure:

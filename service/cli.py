@@ -15,7 +15,7 @@ from typing import TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service import manual
+from fusewire.service import manual, template_arguments
 from fusewire.service.bench.engine_options import add_arguments as add_bench_engine_arguments
 from fusewire.service.bench.options import add_arguments as add_bench_arguments
 from fusewire.service.bench.serve_options import add_arguments as add_bench_serve_arguments
@@ -156,6 +156,7 @@ def _add_generate(commands: Commands) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's turn of a chat")
     parser.add_argument("--system", metavar="TEXT", help="system turn before it; needs --chat")
+    template_arguments.add_option(parser, "; needs --chat")
     parser.add_argument("--echo", action="store_true", help="put the prompt's text before the answer")
     _add_generation_options(parser)
     _add_json(parser)
@@ -166,6 +167,7 @@ def _add_generate(commands: Commands) -> None:
 def _add_chat(commands: Commands) -> None:
     parser = _add(commands, "chat", "talk to the model", manual.CHAT_DESCRIPTION, manual.CHAT_EXAMPLES)
     parser.add_argument("--system", metavar="TEXT", help="system turn at the start of the conversation")
+    template_arguments.add_option(parser)
     _add_generation_options(parser)
     _add_connection(parser, PUBLIC_TARGET)
     parser.set_defaults(run="chat")
@@ -189,6 +191,7 @@ def _add_compare(commands: Commands) -> None:
         )
     parser.add_argument("--right-prompt", metavar="TEXT", help="another prompt for the right side")
     parser.add_argument("--chat", action="store_true", help="send texts as a user's turn of a chat")
+    template_arguments.add_option(parser, "; needs --chat, or a file of conversations")
     parser.add_argument("--model", default="", metavar="NAME", help="model to use (default: the one served)")
     parser.add_argument(
         "--max-tokens", type=_count, default=128, metavar="N", help="most tokens a side (default %(default)s)"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service import template_arguments
 from fusewire.service.bench.engine_options import read_options as read_engine_options
 from fusewire.service.bench.options import OptionError, read_options
 from fusewire.service.bench.serve_options import read_options as read_serve_options
@@ -57,6 +58,7 @@ def generate(args: Namespace) -> int:
         request.chat.messages.extend([*opening, turn("user", prompt)])
     else:
         request.text = prompt
+    _add_template_arguments(request, args)
     with Client(connection(args)) as client:
         if not args.json:
             show_answer(client, request, args.timeout)
@@ -89,8 +91,11 @@ def compare(args: Namespace) -> int:
 
 def chat(args: Namespace) -> int:
     """Talk until the input ends."""
+    request = generation_request(args)
+    request.chat.SetInParent()
+    _add_template_arguments(request, args)
     with Client(connection(args)) as client:
-        Conversation(client, generation_request(args), args.system, args.timeout).run()
+        Conversation(client, request, args.system, args.timeout).run()
     return 0
 
 
@@ -305,6 +310,22 @@ def generation_request(args: Namespace) -> generation_pb2.GenerateRequest:
     )
 
 
+def _add_template_arguments(
+    request: generation_pb2.GenerateRequest, args: Namespace, which: str = "this one"
+) -> None:
+    """Put the variables of the chat template into a request, whose prompt must be a chat if there are any."""
+    if not args.template_argument:
+        return
+    if not request.HasField("chat"):
+        raise UnusableOption(
+            f"{template_arguments.FLAG}: needs a chat prompt, and {which} is none; see --chat"
+        )
+    try:
+        request.chat.template_arguments.update(dict(args.template_argument))
+    except (OverflowError, RecursionError, ValueError) as error:  # what the wire cannot hold
+        raise UnusableOption(f"{template_arguments.FLAG}: {error}") from error
+
+
 def _read_prompt() -> str:
     """Read the prompt from standard input, without the newline that ends the last line."""
     try:
@@ -313,7 +334,9 @@ def _read_prompt() -> str:
         raise UnusableOption(f"PROMPT: standard input is not UTF-8: {error.reason}") from error
 
 
-def _comparison(args: Namespace, left: "Prompt", right: "Prompt") -> generation_pb2.CompareRequest:
+def _comparison(
+    args: Namespace, left: "Prompt", right: "Prompt", which: str = "this one"
+) -> generation_pb2.CompareRequest:
     """Read the options of a comparison into a request."""
     request = generation_pb2.CompareRequest(repetitions=args.repetitions)
     sides = ((request.left, left, args.left), (request.right, right, args.right))
@@ -323,6 +346,7 @@ def _comparison(args: Namespace, left: "Prompt", right: "Prompt") -> generation_
         side.stopping.max_tokens = args.max_tokens
         side.stopping.ignore_eos = args.ignore_eos
         prompt.put_into(side, as_chat=args.chat)
+        _add_template_arguments(side, args, which)
     return request
 
 
@@ -339,4 +363,4 @@ def _comparisons(args: Namespace) -> list[tuple[int, "Prompt", generation_pb2.Co
         raise UnusableOption(f"--prompts {args.prompts}: is not UTF-8: {error.reason}") from error
     except UnusablePrompts as error:
         raise UnusableOption(f"--prompts {args.prompts}: {error}") from error
-    return [(line, prompt, _comparison(args, prompt, prompt)) for line, prompt in prompts]
+    return [(line, prompt, _comparison(args, prompt, prompt, f"line {line}")) for line, prompt in prompts]

@@ -55,13 +55,15 @@ GENERATE_EXAMPLES = """
 examples:
   fusewire generate 'Once upon a time' --max-tokens 64
   fusewire generate --chat 'Who was Emma?' --temperature 0.7 --seed 1
+  fusewire generate --chat 'Who was Emma?' --template-argument enable_thinking=false
   fusewire generate --mode unfused --json 'Once upon a time' | jq .timings
   fusewire generate --stop $'\\n\\n' - < prompt.txt
 """
 
 CHAT_DESCRIPTION = """\
-Talk to the model; every turn is sent with the turns before it. Ctrl-C ends an answer that is being
-written, and leaves the chat when none is. Lines that begin with a slash are commands:
+Talk to the model; every turn is sent with the turns before it, answers whole: a model that thinks
+aloud has a chat template that strips the thoughts from earlier turns. Ctrl-C ends an answer that is
+being written, and leaves the chat when none is. Lines that begin with a slash are commands:
 
   /mode [MODE]  show or set the kernel path of the next answers (default: the server's)
   /reset        forget the conversation
@@ -72,6 +74,7 @@ CHAT_EXAMPLES = """
 examples:
   fusewire chat
   fusewire chat --system 'Answer in one sentence.' --temperature 0.7
+  fusewire chat --template-argument enable_thinking=false
 """
 
 COMPARE_DESCRIPTION = """\

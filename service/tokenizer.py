@@ -1,7 +1,8 @@
-"""Text to token ids and back, and chat turns to text, from the files of a Hugging Face folder.
+"""Text and chat turns to token ids, and ids back to text, from the files of a Hugging Face folder.
 
 Serves byte-level BPE (Qwen3, GLM-4, the demo model), where every token stands for exact bytes.
-Loads neither torch nor transformers. Knows nothing of streams: that is `fusewire.service.detokenizer`.
+Loads neither torch nor transformers. How a conversation becomes text is `fusewire.service.chat_template`,
+and streams of tokens are `fusewire.service.detokenizer`.
 
 Special tokens that are spelled out in a prompt are parsed as such, in plain text and in chat turns
 alike, as transformers and its peers do by default: whoever may send a prompt controls the whole of
@@ -9,32 +10,26 @@ it, system turn included. An application that puts strangers' text into its prom
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-NAMED_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+from fusewire.service.chat_template import (
+    NAMED_SPECIAL_TOKENS,
+    NO_OPTIONS,
+    ChatOptions,
+    ChatTemplate,
+    UnusableChatTemplate,
 )
+
+log = logging.getLogger(__name__)
 
 
 class TokenizerError(ValueError):
     """A folder holds no tokenizer that can be served; the message is for the operator."""
-
-
-class ChatTemplateError(ValueError):
-    """A conversation cannot be rendered; the message may be shown to a client."""
 
 
 class Tokenizer:
@@ -42,11 +37,12 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer proper; its model must be BPE and its decoder byte-level.
-        chat_template: the template's source; None if the model is not made for chat.
+        chat_template: the template's source; None if the model is not made for chat. One that cannot be
+            compiled is logged, and then only chat turns are refused.
         named_tokens: the special tokens that a template may use by name, for instance `eos_token`.
 
     Raises:
-        TokenizerError: if the backend is of another kind, or the template is not valid Jinja.
+        TokenizerError: if the backend is of another kind.
     """
 
     def __init__(
@@ -57,8 +53,14 @@ class Tokenizer:
         backend.no_padding()
         backend.add_special_tokens([t for t in named_tokens.values() if backend.token_to_id(t) is not None])
         self._backend = backend
-        self._template = _compile(chat_template) if chat_template is not None else None
-        self._named_tokens = dict(named_tokens)
+        self._template: ChatTemplate | None = None
+        self._why_no_template = "the model has no chat template; send plain text instead"
+        if chat_template is not None:
+            try:
+                self._template = ChatTemplate(chat_template, named_tokens)
+            except UnusableChatTemplate as error:
+                self._why_no_template = str(error)
+                log.warning("%s; chat prompts are refused", error)
         self._token_bytes = _bytes_by_id(backend)
         self._whole_texts = [_whole_text(token) for token in self._token_bytes]
         self.special_ids = frozenset(
@@ -93,38 +95,30 @@ class Tokenizer:
         """Tokenize plain text, with the special tokens that the tokenizer itself puts around a prompt."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_OPTIONS
+    ) -> list[int]:
         """Tokenize a conversation up to where the answer starts; the template brings all special tokens.
 
         Raises:
             ChatTemplateError: see `render_chat`.
         """
-        return self._encode(self.render_chat(messages), add_special_tokens=False)
+        return self._encode(self.render_chat(messages, options), add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokenize as a batch of one: unlike `encode`, that lets other threads run meanwhile."""
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render turns of `role` and `content` with the chat template, the answer's opening included.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_OPTIONS) -> str:
+        """Render a conversation as `ChatTemplate.render` does.
 
         Raises:
-            ChatTemplateError: if there is no template, or it refuses these turns.
+            UnusableChatTemplate: if the model has no template, or one that cannot be compiled.
+            ChatTemplateError: if this conversation cannot be rendered.
         """
         if self._template is None:
-            raise ChatTemplateError("the model has no chat template; send plain text instead")
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._named_tokens,
-            )
-        except _RefusedByTemplate as error:
-            raise ChatTemplateError(f"the model's chat template says: {error}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ChatTemplateError("the model's chat template cannot render these messages") from error
+            raise UnusableChatTemplate(self._why_no_template)
+        return self._template.render(messages, options)
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Turn tokens into text; bytes that are no UTF-8 become U+FFFD.
@@ -142,10 +136,6 @@ class Tokenizer:
     def whole_text(self, token_id: int) -> str | None:
         """Return the text of a token that is whole characters by itself; None for one that is not."""
         return self._whole_texts[token_id] if 0 <= token_id < len(self._whole_texts) else ""
-
-
-class _RefusedByTemplate(jinja2.TemplateError):
-    """A template has called `raise_exception`."""
 
 
 def _parse(source: str) -> tokenizers.Tokenizer:
@@ -214,41 +204,3 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token
     }
-
-
-def _compile(source: str) -> jinja2.Template:
-    """Compile a chat template in a sandbox that can neither change what it is given nor reach out.
-
-    The filter and functions beyond Jinja's own are those that transformers gives to a template.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise TokenizerError(f"chat template, line {error.lineno}: {error.message}") from error
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Dump as JSON without the HTML escapes of Jinja's own filter, which a model would read as text."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise _RefusedByTemplate(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

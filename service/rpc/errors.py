@@ -14,6 +14,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 RETRY_SECONDS = 1
+SHOWN_CHARACTERS = 40
+"""How much of a bad string an error repeats."""
 DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -81,3 +83,8 @@ def resource_exhausted(reason: str) -> StatusError:
 
 def _retry_later() -> error_details_pb2.RetryInfo:
     return error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS))
+
+
+def quote(text: str) -> str:
+    """A client's text as an error may repeat it: quoted and cut."""
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")

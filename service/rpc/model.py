@@ -6,9 +6,8 @@ from importlib.metadata import version
 import grpc
 
 from fusewire.service.rpc.call import Call
-from fusewire.service.rpc.errors import StatusError
+from fusewire.service.rpc.errors import StatusError, quote
 from fusewire.service.rpc.serving import Serving
-from fusewire.service.rpc.validation import quote
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import model_pb2 as pb
 

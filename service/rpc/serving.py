@@ -21,9 +21,8 @@ from fusewire.service.engine_client import EngineClient
 from fusewire.service.logs import LogLevel, set_level
 from fusewire.service.messages import EngineReady, Routing, StepReport
 from fusewire.service.metrics import Metrics, RequestMetrics
-from fusewire.service.rpc.errors import StatusError, invalid_argument, resource_exhausted, unavailable
+from fusewire.service.rpc.errors import StatusError, invalid_argument, quote, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
-from fusewire.service.rpc.validation import quote
 from fusewire.service.tokenizer import Tokenizer
 from fusewire.service.tracing import Tracer
 

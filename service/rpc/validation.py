@@ -15,14 +15,14 @@ import msgspec
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
+from fusewire.service.rpc import chat_prompt
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import failed_precondition, inside, invalid_argument
-from fusewire.service.tokenizer import ChatTemplateError, Tokenizer
+from fusewire.service.tokenizer import Tokenizer
 from fusewire.service.wire import MODES
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import kernel_pb2
 
-ROLES = ("system", "user", "assistant")
 MAX_CLIENT_ID_CHARACTERS = 256
 MAX_SALT_CHARACTERS = 128
 MAX_STOP_STRINGS = 16
@@ -30,8 +30,6 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
-SHOWN_CHARACTERS = 40
-"""How much of a bad string an error repeats."""
 
 MAX_COMPARED_PROMPT_TOKENS = 8192
 MAX_COMPARED_TOKENS = 512
@@ -50,15 +48,12 @@ def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
     """Check a prompt and tokenize it, or take its ids as they are. Slow for long text.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, also if the model's chat template refuses the turns.
+        StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a chat without a template.
     """
     _check_prompt(request)
     match request.WhichOneof("prompt"):
         case "chat":
-            try:
-                return tokenizer.encode_chat(_turns(request))
-            except ChatTemplateError as error:
-                raise invalid_argument("chat", str(error)) from None
+            return chat_prompt.encode(request.chat, tokenizer)
         case "text":
             return tokenizer.encode(request.text)
     assert isinstance(request, pb.GenerateRequest)
@@ -76,31 +71,17 @@ def prompt_text(request: pb.GenerateRequest, tokenizer: Tokenizer) -> str:
     """The text of a prompt as the model reads it, special tokens spelled out."""
     match request.WhichOneof("prompt"):
         case "chat":
-            return tokenizer.render_chat(_turns(request))
+            return chat_prompt.render(request.chat, tokenizer)
         case "text":
             return request.text
     return tokenizer.decode(request.token_ids.ids, keep_special=True)
 
 
 def _check_prompt(request: AnyPromptRequest) -> None:
-    """Raise unless a prompt is set and, if it is a chat, its turns have known roles."""
-    kind = request.WhichOneof("prompt")
-    if kind is None:
+    """Raise unless a prompt is set."""
+    if request.WhichOneof("prompt") is None:
         kinds = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
         raise invalid_argument("prompt", f"one of {', '.join(kinds)} must be set")
-    if kind == "chat":
-        if not request.chat.messages:
-            raise invalid_argument("chat.messages", "must hold at least one message")
-        for index, message in enumerate(request.chat.messages):
-            if message.role not in ROLES:
-                raise invalid_argument(
-                    f"chat.messages[{index}].role",
-                    f"must be one of {', '.join(ROLES)}, got {quote(message.role)}",
-                )
-
-
-def _turns(request: AnyPromptRequest) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in request.chat.messages]
 
 
 def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -366,8 +347,3 @@ def _above_zero(field: str, value: float, high: float) -> None:
 def _at_most(field: str, count: int, most: int, unit: str) -> None:
     if count > most:
         raise invalid_argument(field, f"must hold at most {most} {unit}, got {count}")
-
-
-def quote(text: str) -> str:
-    """A client's text as an error may repeat it: quoted and cut."""
-    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.json_format import MessageToDict
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from fusewire.service import cli
@@ -232,6 +233,51 @@ def test_generate_wraps_the_prompt_as_a_chat(fusewire, server: FakeServer) -> No
     assert turns == [("system", "Be brief."), ("user", "Hi")]
 
 
+ARGUMENTS = {
+    "enable_thinking=false": False,
+    "depth=3": 3.0,
+    "style=plain": "plain",
+    'name="7"': "7",
+    "nothing=null": None,
+    'nested={"a": [1]}': {"a": [1.0]},
+    "sum=1+1=2": "1+1=2",
+    "empty=": "",
+    "odd=NaN": "NaN",
+    "open=[1": "[1",
+}
+
+
+@pytest.mark.parametrize("command", ["generate --chat Hi", "chat", "compare --chat Hi"])
+def test_arguments_of_the_chat_template_are_json_or_text(fusewire, server: FakeServer, command: str) -> None:
+    options = [word for argument in ARGUMENTS for word in ("--template-argument", argument)]
+    fusewire(*command.split(), *options, "--target", server.target, stdin="Hi\nHo\n")
+    expected = sorted((argument.partition("=")[0], repr(value)) for argument, value in ARGUMENTS.items())
+    is_compare = command.startswith("compare")
+    sides = [side for sent in server.requests for side in ([sent.left, sent.right] if is_compare else [sent])]
+    assert len(sides) == (1 if "generate" in command else 2)
+    for side in sides:
+        sent = MessageToDict(side.chat.template_arguments)
+        assert sorted((name, repr(value)) for name, value in sent.items()) == expected
+        assert side.chat.messages[0].content == "Hi"
+
+
+def test_arguments_of_the_chat_template_go_with_conversations_of_a_file(
+    fusewire, server: FakeServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts"
+    file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    command = ("compare", "--prompts", str(file), "--template-argument", "x=1", "--target", server.target)
+    fusewire(*command)
+    assert server.requests[0].left.chat.template_arguments["x"] == 1
+    with file.open("a") as lines:
+        lines.write('{"token_ids": [1]}\n')
+    outcome = fusewire(*command)
+    assert (outcome.status, len(server.requests)) == (2, 1)
+    assert outcome.err == (
+        "fusewire: --template-argument: needs a chat prompt, and line 2 is none; see --chat\n"
+    )
+
+
 def test_a_token_is_read_from_its_file(fusewire, server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("\n  secret \nother\n")
     fusewire("generate", "Hi", "--target", server.target, "--token-file", str(tmp_path / "token"))
@@ -264,6 +310,13 @@ def test_phases_on_different_paths_are_told_apart(fusewire, server: FakeServer) 
         (["generate", "x", "--priority", "101"], "--priority"),
         (["generate", "x", "--timeout", "-1"], "--timeout"),
         (["generate", "x", "--system", "y"], "--system"),
+        (["generate", "x", "--template-argument", "y=1"], "--template-argument: needs a chat prompt"),
+        (["compare", "x", "--template-argument", "y=1"], "--template-argument: needs a chat prompt"),
+        (["generate", "x", "--chat", "--template-argument", "y"], "--template-argument"),
+        (["chat", "--template-argument", "=1"], "--template-argument"),
+        (["chat", "--template-argument", f"x=1{'0' * 400}"], "--template-argument"),
+        (["chat", "--template-argument", 'x="\\ud800"'], "--template-argument"),
+        (["chat", "--template-argument", f"x={'[' * 900}{']' * 900}"], "--template-argument"),
         (["generate", "x", "--tls-cert", "c"], "--tls-key"),
         (["generate", "x", "--tls-cert", "c", "--tls-key", "k"], "--tls-ca"),
         (["generate", "x", "--tls-ca", "/absent"], "--tls-ca"),

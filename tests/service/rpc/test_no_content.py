@@ -20,7 +20,15 @@ MARKER = "xyzzy plugh"
 """Planted wherever a request takes text."""
 ANSWER = " frotz rezrov"
 WORDS = ("xyzzy", "plugh", "frotz", "rezrov")
-CHAT = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content=MARKER)])
+CHAT = pb.ChatPrompt(
+    messages=[
+        pb.ChatMessage(role="user", content=MARKER),
+        pb.ChatMessage(role="assistant", reasoning_content=MARKER, tool_calls=[{"name": MARKER}]),
+        pb.ChatMessage(role="tool", content=MARKER, tool_call_id=MARKER),
+    ],
+    tools=[{"name": MARKER}],
+    template_arguments={MARKER: MARKER},
+)
 BAD_CHAT = pb.ChatPrompt(messages=[pb.ChatMessage(role=MARKER, content=MARKER)])
 
 

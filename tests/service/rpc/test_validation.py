@@ -51,7 +51,7 @@ BAD = [
     ("token_ids", ids(*[7] * CONTEXT)),
     ("token_ids.ids[1]", ids(0, VOCAB)),
     ("chat.messages", chat()),
-    ("chat.messages[1].role", chat(("user", "hi"), ("tool", "ho"))),
+    ("chat.messages[1].role", chat(("user", "hi"), ("function", "ho"))),
     ("chat", chat(("user", LONG))),
     ("client_request_id", {"client_request_id": "x" * 257}),
     ("model", {"model": "other"}),
@@ -95,7 +95,7 @@ BAD = [
 ]
 GOOD = [
     {},
-    chat(("system", ""), ("user", "hi"), ("assistant", "ho"), ("user", "")),
+    chat(("system", ""), ("user", "hi"), ("assistant", "ho"), ("tool", ""), ("user", "")),
     ids(0, VOCAB - 1),
     {"client_request_id": "é" * 256, "model": "scripted", "priority": -100},
     sampling(temperature=100, top_p=1, min_p=1, top_k=2**32 - 1, repetition_penalty=10, seed=2**64 - 1),
