@@ -16,6 +16,9 @@ from torch import Tensor
 from fusewire.kernels.compiling import compile_kernel
 from fusewire.kernels.launch import on_device, runs_triton
 
+PART_ALIGNMENT = 64
+"""Elements; so counted, the stride of a cache of any size is a 32-bit number."""
+_ALIGNMENT = tl.constexpr(PART_ALIGNMENT)
 _MOST_ELEMENTS = 4096
 """Of a block that a program looks at together."""
 
@@ -25,7 +28,7 @@ def flag_nonfinite_blocks(blocks: Tensor, entries: Tensor, block_tables: Tensor,
 
     Args:
         blocks: fp16, bf16 or fp32 `[parts, blocks, elements]`, each layer's keys and values are a part;
-            the last two dimensions are contiguous, parts may be strided.
+            the last two dimensions are contiguous, parts start at multiples of `PART_ALIGNMENT` elements.
         entries: int32 `[N, 3]`, contiguous: of each block to look at its row, the row's record in the
             tables, and its place there.
         block_tables: int32 `[records, places]`, rows may be strided: which block it is.
@@ -35,13 +38,10 @@ def flag_nonfinite_blocks(blocks: Tensor, entries: Tensor, block_tables: Tensor,
         flag_nonfinite_blocks_reference(blocks, entries, block_tables, flags)
         return
     parts, _, elements = blocks.shape
-    kernel, constants = _compile(
-        blocks.device, blocks.dtype, parts, elements, blocks.stride(0), block_tables.stride(0)
-    )
+    strides = (blocks.stride(0) // PART_ALIGNMENT, block_tables.stride(0))
+    kernel, constants = _compile(blocks.device, blocks.dtype, parts, elements)
     with on_device(blocks.device):
-        kernel[len(entries) * parts, 1, 1](
-            blocks, entries, block_tables, flags, blocks.stride(0), block_tables.stride(0), *constants
-        )
+        kernel[len(entries) * parts, 1, 1](blocks, entries, block_tables, flags, *strides, *constants)
 
 
 def flag_nonfinite_blocks_reference(
@@ -55,19 +55,22 @@ def flag_nonfinite_blocks_reference(
 
 @lru_cache(maxsize=64)
 def _compile(
-    device: torch.device, dtype: torch.dtype, parts: int, elements: int, part_stride: int, table_stride: int
+    device: torch.device, dtype: torch.dtype, parts: int, elements: int
 ) -> tuple[Any, tuple[int, ...]]:
-    """Compile for aligned blocks of this size; the other tensors need no alignment."""
+    """Compile for aligned blocks of this size, however many there are; the others need no alignment."""
     block = min(_MOST_ELEMENTS, triton.next_power_of_2(elements))
     constants = {"PARTS": parts, "ELEMENTS": elements, "BLOCK": block}
     kernel = compile_kernel(
         flag_nonfinite_blocks_kernel, device, dtype, torch.int32, torch.int32, torch.int32,
-        part_stride, table_stride, **constants, num_warps=4,
+        1, 1, **constants, num_warps=4,
     )  # fmt: skip
     return kernel, tuple(constants.values())
 
 
-@triton.jit(do_not_specialize_on_alignment=["entries", "block_tables", "flags"])
+@triton.jit(
+    do_not_specialize=["part_stride", "table_stride"],
+    do_not_specialize_on_alignment=["entries", "block_tables", "flags"],
+)
 def flag_nonfinite_blocks_kernel(
     blocks: tl.tensor,
     entries: tl.tensor,
@@ -81,7 +84,7 @@ def flag_nonfinite_blocks_kernel(
 ) -> None:
     """Look at one block's keys or values in one layer."""
     entry = entries + (tl.program_id(0) // PARTS) * 3
-    part = (tl.program_id(0) % PARTS).to(tl.int64)
+    part = (tl.program_id(0) % PARTS).to(tl.int64) * _ALIGNMENT
     record = tl.load(entry + 1).to(tl.int64)
     block = tl.load(block_tables + record * table_stride + tl.load(entry + 2)).to(tl.int64)
     mine = blocks + part * part_stride + block * ELEMENTS

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusewire.kernels.finite_blocks import PART_ALIGNMENT
 from fusewire.model.config import ModelConfig
 
 CPU_TOKENS_PER_REQUEST = 1024
 """What a running request gets on average when the size is left to us on a CPU."""
-_ALIGNMENT = 64
-"""Elements: kernels load vectors, so every layer's part starts at a multiple of it."""
 CPU_MEMORY_SHARE = 0.25
 """The share of the host's memory that the default size on a CPU stays under."""
 
@@ -45,7 +44,7 @@ class KVCache:
         heads = (config.num_kv_heads, config.head_dim)
         elements = block_size * math.prod(heads)
         part = (num_blocks + 1) * elements
-        padded = -(-part // _ALIGNMENT) * _ALIGNMENT
+        padded = -(-part // PART_ALIGNMENT) * PART_ALIGNMENT
         memory = _zeros((2 * config.num_layers, padded), dtype, device)
         self.blocks = memory[:, :part].unflatten(1, (num_blocks + 1, elements))
         """`[2 * layers, num_blocks + 1, elements of a block]`: each layer's keys, then its values."""

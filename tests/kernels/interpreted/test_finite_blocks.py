@@ -3,14 +3,19 @@
 import pytest
 import torch
 
-from fusewire.kernels.finite_blocks import flag_nonfinite_blocks, flag_nonfinite_blocks_reference
+from fusewire.kernels.finite_blocks import (
+    PART_ALIGNMENT,
+    flag_nonfinite_blocks,
+    flag_nonfinite_blocks_reference,
+)
 
 
 @pytest.mark.parametrize("elements", [40, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_with_a_block_that_is_not_finite_are_flagged(dtype, elements):
     parts, num_blocks = 4, 6
-    blocks = torch.randn(parts, num_blocks * elements + 8).to(dtype)[:, : num_blocks * elements]
+    size = num_blocks * elements
+    blocks = torch.randn(parts, -(-size // PART_ALIGNMENT) * PART_ALIGNMENT).to(dtype)[:, :size]
     blocks = blocks.unflatten(1, (num_blocks, elements))
     blocks[3, 5, -1] = float("nan")
     blocks[0, 2, 0] = float("-inf")
