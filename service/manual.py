@@ -4,7 +4,7 @@ EXIT_STATUS = """
 exit status:
   0    done
   1    the call or the server failed; one line on standard error says why
-  2    the command line or the configuration cannot be used
+  2    the command line or the configuration cannot be used, or the input is not UTF-8
   130  interrupted by Ctrl-C
 """
 
