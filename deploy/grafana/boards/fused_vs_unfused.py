@@ -158,11 +158,11 @@ def _correctness() -> Row:
                 width=6,
             ),
             lines(
-                "Default path, and the guard's fallback",
+                "Share of each path, and the guard's fallback",
                 "none",
-                ("{{kernel_mode}}", f"max by (kernel_mode) ({gauge('fusewire_kernel_mode_info')})"),
+                ("{{kernel_mode}}", f"max by (kernel_mode) ({gauge('fusewire_kernel_mode_share_ratio')})"),
                 ("fallback", f"max ({gauge('fusewire_shadow_fallback_active')})"),
-                about="1 for the path of requests that pin none, and while the guard has left one.",
+                about="Of requests that pin none, or of time in slices; 1 while the guard has left a path.",
                 width=6,
             ),
             lines(
