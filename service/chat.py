@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.service.client import CallFailed, Client, short_name
+from fusewire.service.client import CallFailed, Client, UnusableOption, short_name
 from fusewire.service.terminal import note, show_answer, write
+from fusewire.service.text import NotUtf8, as_text
 from fusewire.service.wire import WIRE_MODES
 from fusewire.v1 import generation_pb2, kernel_pb2
 
@@ -93,12 +94,28 @@ def turn(role: str, content: str) -> generation_pb2.ChatMessage:
 
 
 def read_lines() -> Iterator[str]:
-    """Yield the lines of standard input; in a terminal with a prompt and line editing."""
+    """Yield the lines of standard input; in a terminal with a prompt and line editing.
+
+    A line that is not UTF-8 is typed anew in a terminal.
+
+    Raises:
+        UnusableOption: for such a line elsewhere.
+    """
     if not sys.stdin.isatty():
-        yield from (line.removesuffix("\n") for line in sys.stdin)
+        for line in sys.stdin:
+            try:
+                text = as_text(line.removesuffix("\n"))
+            except NotUtf8 as error:
+                raise UnusableOption(f"standard input: {error}") from error
+            yield text
         return
     with suppress(ImportError):
         import readline  # noqa: F401  input() edits lines once it is loaded
     with suppress(EOFError):
         while True:
-            yield input(PROMPT)
+            try:
+                text = as_text(input(PROMPT))
+            except NotUtf8 as error:
+                note(f"the line {error}")
+            else:
+                yield text

@@ -16,11 +16,13 @@ from urllib.parse import urlsplit
 
 from fusewire.kernels.modes import KernelMode
 from fusewire.service import manual, template_arguments
+from fusewire.service.arguments import Parser
 from fusewire.service.bench.engine_options import add_arguments as add_bench_engine_arguments
 from fusewire.service.bench.options import add_arguments as add_bench_arguments
 from fusewire.service.bench.serve_options import add_arguments as add_bench_serve_arguments
 from fusewire.service.config import ConfigError, Option, serve_options
 from fusewire.service.logs import LogLevel
+from fusewire.service.text import NotUtf8, open_edges
 
 PUBLIC_TARGET = "127.0.0.1:50051"
 ADMIN_TARGET = "127.0.0.1:50052"
@@ -36,9 +38,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    args = build_parser().parse_args(argv)
+    open_edges()
     try:
-        return _run(args)
+        return _run(build_parser().parse_args(argv))
+    except NotUtf8 as error:
+        return _fail(error, EXIT_USAGE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # nobody reads the output any more; let the last flush go nowhere
@@ -80,7 +84,7 @@ class _CommandsFormatter(argparse.RawDescriptionHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; the parsed arguments name theirs as `run`."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="fusewire",
         description=manual.DESCRIPTION,
         epilog=manual.EXAMPLES + manual.EXIT_STATUS,

@@ -117,7 +117,7 @@ def mode_get(args: Namespace) -> int:
 def _describe_split(current: Mapping[str, Any]) -> str:
     if not current["split"]:
         return "none"
-    shares = ", ".join(f"{share['mode']} {share['percent']} %" for share in current["split"])
+    shares = ",".join(f"{share['mode']}={share['percent']}" for share in current["split"])
     if current["split_kind"] == "time_slice":
         return f"{shares}, in time slices of {current['slice_seconds']:g} s"
     return f"{shares}, each request by itself"
@@ -146,6 +146,16 @@ def mode_set(args: Namespace) -> int:
     return 0
 
 
+def _describe_change(change: Mapping[str, Any]) -> str:
+    """What holds after a change, and from what the default has changed, if it has."""
+    previous, current = change["previous"], change["current"]
+    shares = change.get("split")  # rearming leaves none
+    split = f"split {_describe_split(change)}" if shares else "no split"
+    if previous != current:
+        return f"{previous} -> {current}, {split}"
+    return split if shares else f"{current}, {split}"
+
+
 def _split(args: Namespace) -> Split | None:
     """Read the options of a traffic split."""
     by_time = args.split_kind == "time-slice"
@@ -168,10 +178,8 @@ def _print_change(change: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(change)
         return
-    print(
-        f"{change['previous']} -> {change['current']}, generation {change['generation']}, "
-        f"from step {change['applied_at_step']} on"
-    )
+    held, step = _describe_change(change), change["applied_at_step"]
+    print(f"{held}, generation {change['generation']}, from step {step} on")
 
 
 def health(args: Namespace) -> int:

@@ -349,7 +349,6 @@ def compare_batch(
         compared.append(Compared(line, prompt, finding, comparison.report()))
         if as_json:
             print_json({"line": line} | as_plain(comparison, finding))
-            sys.stdout.flush()
         else:
             print(compared[-1].row(), flush=True)
     summary = Summary.of(compared)

@@ -20,6 +20,7 @@ from msgspec import Meta
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.logs import LogFormat, LogLevel
 from fusewire.service.messages import Routing
+from fusewire.service.text import NotUtf8, as_text
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
@@ -314,17 +315,21 @@ def load_config(
             values[option.name], given_as[option.name] = value, option.variable
         if option.name in options:
             values[option.name], given_as[option.name] = options[option.name], option.flag
-    converted = {name: _convert(described[name], value) for name, value in values.items()}
+    converted = {name: _convert(described[name], value, given_as[name]) for name, value in values.items()}
     try:
         return msgspec.convert(converted, ServeConfig, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), values, given_as)) from error
 
 
-def _convert(option: Option, value: Any) -> Any:
+def _convert(option: Option, value: Any, given_as: str) -> Any:
     """Read a string where msgspec would not: a list by its commas, a switch by its word."""
     if not isinstance(value, str):
         return value
+    try:
+        value = as_text(value)
+    except NotUtf8 as error:
+        raise ConfigError(f"{given_as}: {error}") from error
     if option.is_list:
         return [item.strip() for item in value.split(",")]
     return _WORDS.get(value.lower(), value) if option.is_switch else value

@@ -13,12 +13,14 @@ from threading import Lock, Thread
 from typing import ClassVar
 
 from prometheus_client import Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-OPENMETRICS = "application/openmetrics-text"
+from fusewire.service.negotiation import OPENMETRICS, OPENMETRICS_VERSION, prefers_openmetrics, takes_gzip
+
+OPENMETRICS_TYPE = f"{OPENMETRICS}; version={OPENMETRICS_VERSION}; charset=utf-8"
+TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 QUICKLY = 1
 """gzip's level; higher ones take longer than they save."""
 
@@ -138,16 +140,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the metrics, whatever the path."""
-        _, content_type = choose_encoder(self.headers.get("Accept", ""))
-        body = self.exposition.write(openmetrics=content_type.startswith(OPENMETRICS))
+        self.wfile.write(self._send_head())
+
+    def do_HEAD(self) -> None:
+        """Send what comes before the metrics."""
+        self._send_head()
+
+    def _send_head(self) -> bytes:
+        """Send status and headers; returns the body that they are of."""
+        openmetrics = prefers_openmetrics(self._field("Accept"))
+        body = self.exposition.write(openmetrics=openmetrics)
         self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        if "gzip" in self.headers.get("Accept-Encoding", ""):
+        self.send_header("Content-Type", OPENMETRICS_TYPE if openmetrics else TEXT_TYPE)
+        self.send_header("Vary", "Accept, Accept-Encoding")
+        if takes_gzip(self._field("Accept-Encoding")):
             body = gzip.compress(body, QUICKLY)
             self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        return body
+
+    def _refuse(self) -> None:
+        """Refuse any other method; what else the connection holds may be a body, so it is closed."""
+        self.send_response(405)
+        self.send_header("Allow", "GET, HEAD")
+        self.send_header("Content-Length", "0")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse  # noqa: N815
+
+    def _field(self, name: str) -> str:
+        """The value of a header that may come in several lines; empty without one."""
+        return ", ".join(self.headers.get_all(name, ()))
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing of scrapes."""

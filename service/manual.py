@@ -4,7 +4,7 @@ EXIT_STATUS = """
 exit status:
   0    done
   1    the call or the server failed; one line on standard error says why
-  2    the command line or the configuration cannot be used
+  2    the command line or the configuration cannot be used, or the input is not UTF-8
   130  interrupted by Ctrl-C
 """
 
@@ -135,7 +135,8 @@ requests that follow the server's default switch too; those that pinned a path k
 With --split, requests that pin no path are shared between several: either each keeps to one, chosen by
 its id, or the whole server takes turns by the clock. The first is to see whether answers stay right;
 the paths then share one queue, so their latencies are coupled. Latencies are compared by the second. A
-change without --split ends a split.
+change without --split ends a split. What is printed is what holds then: the path, and the split or that
+there is none.
 """
 
 MODE_REARM_DESCRIPTION = """\
@@ -169,7 +170,8 @@ TOP_DESCRIPTION = """\
 Watch a running server through its metrics (--metrics-host and --metrics-port of fusewire serve), from one
 look to the next:
 
-  state     the engine and its restarts, the default kernel path and what steps ran on, the shadow guard
+  state     the engine and its restarts, the default kernel path, its split and what steps ran on, the
+            shadow guard
   load      running and waiting requests, KV cache, prefix cache; rates a second
   counts    requests that ended or were not admitted, calls by gRPC code; in brackets, what is new
   requests  latencies by phase and kernel path: mean and quantiles of the interval
@@ -177,8 +179,7 @@ look to the next:
   QK norm   device time of that step in one layer
 
 Quantiles are estimated within a histogram's buckets; "≥" is beyond the last one. A row stays once anything
-was observed for it, and shows dashes while nothing is. How traffic is split between paths is in no metric:
-fusewire mode get tells it. "… ago" goes by this machine's clock.
+was observed for it, and shows dashes while nothing is. "… ago" goes by this machine's clock.
 
 In a terminal the view is redrawn until Ctrl-C, as much of it as fits; elsewhere each interval is printed
 below the last. A server that cannot be reached is asked on, and one that was started again is followed, and

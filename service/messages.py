@@ -88,6 +88,10 @@ class Split(msgspec.Struct, frozen=True, array_like=True):
     slice_seconds: float | None = None
     """Mean length of a time slice, if the whole engine takes turns; None if each request has its mode."""
 
+    def __str__(self) -> str:
+        """The shares as the log has them: `fused:90,unfused:10`."""
+        return ",".join(f"{share.mode}:{share.percent}" for share in self.shares)
+
 
 class SetKernelMode(_Message, frozen=True):
     """Changes the default path between two steps; answered by `KernelModeReply`."""

@@ -27,6 +27,8 @@ from fusewire.service.messages import (
     Phase,
     Routing,
     ShadowCheck,
+    Share,
+    Split,
     StepReport,
 )
 
@@ -324,10 +326,29 @@ class _KernelModeMetrics:
         self._fallback = make.gauge(
             "shadow_fallback_active", "Whether the shadow guard has left a kernel path for unfused"
         )
+        self._threshold = make.gauge(
+            "shadow_threshold", "The relative error beyond which the shadow guard may leave a kernel path"
+        )
+        shares = make.gauge(
+            "kernel_mode_share_ratio",
+            "Share of the requests that pin no path which a path gets, or of the time in time slices",
+            "kernel_mode",
+        )
+        self._shares = {mode: shares.labels(mode) for mode in KernelMode}
+        self._slice = make.gauge(
+            "time_slice_seconds",
+            "Mean length of a time slice while the paths take turns; 0 while they do not",
+        )
 
     def show(self, routing: Routing) -> None:
         self._generation.set(routing.generation)
         self._fallback.set(routing.guard.left_mode is not None)
+        self._threshold.set(routing.guard.threshold)
+        split = routing.split or Split((Share(routing.mode, 100),))
+        percents = {share.mode: share.percent for share in split.shares}
+        for mode, gauge in self._shares.items():
+            gauge.set(percents.get(mode, 0) / 100)
+        self._slice.set(split.slice_seconds or 0.0)
         for mode, backend in self.backends.items():
             self._info.labels(mode, backend).set(mode is routing.mode)
 

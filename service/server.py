@@ -245,10 +245,11 @@ class Server:
             return
         self._starts_failed = 0
         log.info(
-            "ready: model=%s device=%r kernel_mode=%s",
+            "ready: model=%s device=%r kernel_mode=%s split=%s",
             self.serving.model_name,
             ready.device,
             ready.routing.mode,
+            ready.routing.split or "none",
         )
 
     def _remember_routing(self, routing: Routing) -> None:

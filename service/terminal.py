@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from fusewire.service.client import Answer, Client, short_name, time_per_output_token
+from fusewire.service.text import shows_everything
 from fusewire.v1 import generation_pb2, kernel_pb2
 
 
@@ -93,5 +94,5 @@ def note(line: str) -> None:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Put one JSON object on standard output, a line of its own."""
-    print(json.dumps(content, ensure_ascii=False))
+    """Put one JSON object on standard output at once, in a line; escaped where not all can be shown."""
+    print(json.dumps(content, ensure_ascii=not shows_everything()), flush=True)

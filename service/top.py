@@ -4,7 +4,6 @@ Looks at an HTTP address again and again and shows what has changed in between. 
 that, it says, and tries on. Knows neither gRPC nor what a figure means.
 """
 
-import json
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ import msgspec
 from rich.live import Live
 
 from fusewire.service.console import make_console
-from fusewire.service.terminal import CommandFailed, note
+from fusewire.service.terminal import CommandFailed, note, print_json
 from fusewire.service.top_reading import Reading
 from fusewire.service.top_scrape import Snapshot
 from fusewire.service.top_view import Screen, show_plain
@@ -196,7 +195,7 @@ def _tell_text(watch: Watch) -> None:
 
 def _tell_json(watch: Watch) -> None:
     assert watch.reading is not None
-    print(json.dumps(as_plain(watch.reading), ensure_ascii=False, allow_nan=False), flush=True)
+    print_json(as_plain(watch.reading))
 
 
 def as_plain(reading: Reading) -> dict[str, Any]:

@@ -98,10 +98,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Kernel:
-    """The default kernel path, at the end of the interval, and what steps ran on.
-
-    How traffic is split between paths is in no metric; `step_shares` shows what a split comes to.
-    """
+    """The default kernel path and its split, at the end of the interval, and what steps ran on."""
 
     mode: str | None
     backend: str | None
@@ -110,6 +107,10 @@ class Kernel:
     """Since the server started."""
     last_switch_seconds_ago: float | None
     """By this machine's clock; None before the first switch."""
+    shares: dict[str, float] | None
+    """By path, the share of the requests that pin none, 0 to 1, or of the time; only what has any."""
+    slice_seconds: float | None
+    """Mean length of a time slice; 0 while no turns are taken."""
     step_shares: dict[str, float]
     """By path, the share of the interval's steps, 0 to 1; empty without steps."""
 
@@ -126,6 +127,8 @@ class Kernel:
             generation=now.value("kernel_mode_generation"),
             switches=now.value("kernel_mode_switches_total"),
             last_switch_seconds_ago=_ago(now, "kernel_mode_last_switch_timestamp_seconds"),
+            shares=_shares(now),
+            slice_seconds=now.value("time_slice_seconds"),
             step_shares={mode: count / total for (mode,), count in steps.items() if count},
         )
 
@@ -266,6 +269,13 @@ def _counted(growth: Growth, now: Snapshot, sample: str, label: str) -> dict[str
     """What a counter has counted, by a label; only what ever occurred."""
     totals, news = sum_by(now.samples.get(sample, {}), label), sum_by(growth.of(sample), label)
     return {value: Counted(total, news[value,]) for (value,), total in totals.items() if total}
+
+
+def _shares(now: Snapshot) -> dict[str, float] | None:
+    name = "kernel_mode_share_ratio"
+    if now.series(name) is None:
+        return None
+    return {mode: share for mode, share in now.by(name, "kernel_mode").items() if share}
 
 
 def _ago(now: Snapshot, name: str) -> float | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fusewire.service.console import CONTROL, show
 from fusewire.service.terminal import milliseconds
-from fusewire.service.top_reading import REQUEST_TIMES, Counted, Reading
+from fusewire.service.top_reading import REQUEST_TIMES, Counted, Kernel, Reading
 from fusewire.service.top_scrape import Times
 
 ALARM = "bold red"
@@ -121,9 +121,19 @@ def _kernel(reading: Reading) -> Fact:
     shares = ", ".join(f"{mode} {percent(share)}" for mode, share in kernel.step_shares.items())
     return Fact(
         "default",
-        f"{path}, generation {number(kernel.generation)}, switches {number(kernel.switches)}{since}; "
-        f"steps: {shares or '-'} (split unknown)",
+        f"{path}, {_split(kernel)}, generation {number(kernel.generation)}, "
+        f"switches {number(kernel.switches)}{since}; steps: {shares or '-'}",
     )
+
+
+def _split(kernel: Kernel) -> str:
+    """How traffic is split, spelled as it is typed."""
+    if kernel.shares is None:
+        return "split unknown"
+    shares = ",".join(f"{mode}={100 * share:.0f}" for mode, share in kernel.shares.items())
+    if kernel.slice_seconds:
+        return f"split {shares}, in time slices of {kernel.slice_seconds:g} s"
+    return f"split {shares}, each request by itself" if len(kernel.shares) > 1 else "no split"
 
 
 def _guard(reading: Reading) -> Fact:

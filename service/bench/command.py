@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fusewire.service.bench.options import OptionError
 from fusewire.service.bench.results import ResultsError
 from fusewire.service.config import ConfigError
+from fusewire.service.text import open_edges
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -19,6 +20,7 @@ class BenchmarkFailed(RuntimeError):
 
 def exit_status(run: Callable[[], None]) -> int:
     """Run a benchmark to its end and turn that into an exit status."""
+    open_edges()
     try:
         run()
         sys.stdout.flush()

@@ -6,6 +6,7 @@ const POLL_MS = 1000;
 const KEPT_SECONDS = 330;
 const SPARK_PARTS = 60;
 const BAR_REM = 9;
+const FEWEST_SAMPLES = 30; // of each path, for a ratio of their means
 const STEPS = "fusewire_engine_step_duration_seconds";
 const QK = "fusewire_qk_norm_kernel_duration_seconds";
 const ROWS = [
@@ -75,13 +76,19 @@ async function operate(path, message, tell) {
   poll();
 }
 
-const told = (reply) =>
-  `${spoken(reply.previous)} → ${spoken(reply.current)}, generation ${reply.generation}, ` +
-  `from step ${reply.applied_at_step} on`;
+/** What holds after a change; one that re-arms the guard tells of no split, for it leaves none. */
+function told(reply) {
+  const [previous, current] = [spoken(reply.previous), spoken(reply.current)];
+  const isSplit = Boolean(reply.split?.length);
+  const held = [isSplit ? `split ${describeSplit(reply)}` : "no split"];
+  if (previous !== current) held.unshift(`${previous} → ${current}`);
+  else if (!isSplit) held.unshift(current);
+  return `${held.join(", ")}, generation ${reply.generation}, from step ${reply.applied_at_step} on`;
+}
 
 // ---- the state ----
 
-const history = []; // of {time, sums}, oldest first
+const history = []; // of {time, sums, turns}, oldest first; turns is the generation of time slices, or null
 let latest = null;
 let known = "";
 
@@ -99,7 +106,8 @@ function remember(state) {
   const isNew = last && (state.time < last.time ||
     [...last.sums].some(([key, { count }]) => (sums.get(key)?.count ?? 0) < count));
   if (isNew) history.length = 0;
-  history.push({ time: state.time, sums });
+  const takesTurns = state.kernel?.split_kind === "SPLIT_KIND_TIME_SLICE";
+  history.push({ time: state.time, sums, turns: takesTurns ? state.kernel.generation : null });
   while (history[0].time < state.time - KEPT_SECONDS) history.shift();
 }
 
@@ -122,13 +130,21 @@ function chosenWindow() {
   return history.filter((moment) => moment.time >= begin);
 }
 
+/** Whether the paths took turns all through a window, the same ones: then what they met was alike. */
+function isTimeSliced(moments) {
+  const turns = moments[0]?.turns ?? null;
+  return turns !== null && moments.every((moment) => moment.turns === turns);
+}
+
 function showLatencies() {
   const moments = chosenWindow();
+  const isFair = isTimeSliced(moments);
+  $("unfair").hidden = isFair;
   const modes = availableModes();
   const head = [make("th"), ...modes.map((mode) => make("th", mode, mode)), make("th", "over time")];
   $("latency-head").replaceChildren(...head);
   const rows = ROWS.filter((row) => latest.histograms[row.name]);
-  $("latency-body").replaceChildren(...rows.map((row) => latencyRow(row, modes, moments)));
+  $("latency-body").replaceChildren(...rows.map((row) => latencyRow(row, modes, moments, isFair)));
   const steps = (phases) => phases.flatMap((phase) => modes.map((mode) =>
     gained(moments[0], moments.at(-1), keyOf(STEPS, { phase, kernel_mode: mode })).count))
     .reduce((a, b) => a + b, 0);
@@ -136,19 +152,26 @@ function showLatencies() {
   $("mixed").textContent = all ? `${percent(steps(["mixed"]) / all)} of ${all} steps held both` : "no step yet";
 }
 
-function latencyRow(row, modes, moments) {
+/** How much faster a path is than unfused, with a word if that is no verdict; nothing of too few samples. */
+function describeRatio(row, unfused, path, isFair) {
+  if (row.phase === "mixed") return ""; // such steps hold what the traffic of their moment brought
+  if (!(unfused?.count >= FEWEST_SAMPLES && path.count >= FEWEST_SAMPLES)) return "";
+  return `${(mean(unfused) / mean(path)).toFixed(2)}× as fast${isFair ? "" : ", not time-sliced"} · `;
+}
+
+function latencyRow(row, modes, moments, isFair) {
   const keys = modes.map((mode) => keyOf(row.name, { phase: row.phase, kernel_mode: mode }));
   const gains = keys.map((key) => gained(moments[0], moments.at(-1), key));
   const means = gains.map(mean);
   const largest = Math.max(...means.map((value) => value ?? 0));
-  const unfused = means[modes.indexOf("unfused")];
+  const unfused = gains[modes.indexOf("unfused")];
   const cells = modes.map((mode, i) => {
     const cell = make("td", seconds(means[i]));
     cell.dataset.mode = mode;
     if (means[i] === null) return cell;
     const bar = make("span", "", `bar ${mode}`);
     bar.style.width = `${(BAR_REM * means[i]) / largest}rem`;
-    const ratio = mode !== "unfused" && unfused ? `${(unfused / means[i]).toFixed(2)}× as fast · ` : "";
+    const ratio = mode === "unfused" ? "" : describeRatio(row, unfused, gains[i], isFair);
     cell.append(bar, make("small", `${ratio}${gains[i].count} of them`));
     return cell;
   });
@@ -239,17 +262,18 @@ function describeGuard(guard) {
 
 function showKernel(kernel) {
   const mode = spoken(kernel.mode);
-  $("mode").textContent = mode;
-  $("mode").className = mode;
-  $("backend").textContent = kernel.backend;
+  const isShared = kernel.split_kind === "SPLIT_KIND_REQUEST"; // then few requests follow the default
+  $("mode").textContent = isShared ? "split" : mode;
+  $("mode").className = isShared ? "" : mode;
+  $("backend").textContent = isShared ? "" : kernel.backend;
   $("generation").textContent = kernel.generation;
   $("split").textContent = describeSplit(kernel);
   $("guard").textContent = describeGuard(kernel.guard);
   $("guard").classList.toggle("refused", Boolean(kernel.guard?.fallback_active));
   $("rearm").hidden = !kernel.guard?.fallback_active;
-  $("coupled").hidden = kernel.split_kind !== "SPLIT_KIND_REQUEST";
+  $("coupled").hidden = !isShared;
   for (const button of $("mode-buttons").children) {
-    const isCurrent = button.dataset.mode === mode;
+    const isCurrent = button.dataset.mode === mode && !kernel.split.length;
     button.classList.toggle("chosen", isCurrent);
     button.setAttribute("aria-pressed", String(isCurrent));
   }
@@ -417,7 +441,7 @@ function showReport(report) {
   const names = sides.map((side) => spoken(side.mode ?? "?"));
   $("report-head").replaceChildren(make("th", "median [lowest – highest]"),
     ...sides.map((side, i) => make("th", `${names[i]} · ${side.backend ?? ""}`, names[i])),
-    make("th", "left ÷ right"));
+    make("th", `left ÷ right, of ${sides[0].runs?.length ?? 0} runs a side`));
   const spreads = [
     ["Time to first token", "time_to_first_token"],
     ["Prefill", "prefill"],

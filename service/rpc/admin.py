@@ -66,7 +66,10 @@ class AdminService:
         reply = await self._serving.engine.set_kernel_mode(mode, expected, split)
         self._require_done(reply, expected)
         _log_switch("kernel mode set", reply, split)
-        return _applied(pb.SetKernelModeResponse, reply)
+        response = _applied(pb.SetKernelModeResponse, reply)
+        response.split.extend(_shares(split))
+        response.split_kind, response.slice_seconds = _split_kind(split), _slices(split)
+        return response
 
     async def RearmShadowGuard(  # noqa: N802
         self, request: pb.RearmShadowGuardRequest, call: Call
@@ -211,11 +214,10 @@ def _applied(kind: type[Applied], reply: KernelModeReply) -> Applied:
 
 
 def _log_switch(what: str, reply: KernelModeReply, split: Split | None) -> None:
-    shares = () if split is None else split.shares
     change = {
         "previous": reply.previous,
         "current": reply.current,
-        "split": ",".join(f"{share.mode}:{share.percent}" for share in shares) or "none",
+        "split": "none" if split is None else str(split),
         "slice_seconds": "none" if split is None or split.slice_seconds is None else split.slice_seconds,
         "generation": reply.generation,
         "applied_at_step": reply.applied_at_step,

@@ -72,7 +72,12 @@ def _seconds(duration: str) -> int:
 def test_every_alert_says_how_bad_it_is_and_has_a_runbook(name: str, rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("page", "ticket")
     assert rule["annotations"].keys() == {"summary", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"runbooks.md#{name.lower()}", "as Markdown makes anchors"
+    page, _, anchor = rule["annotations"]["runbook_url"].rpartition("#")
+    assert (
+        page == "{{ with $externalLabels.runbooks }}{{ . }}{{ else }}deploy/prometheus/runbooks.md{{ end }}"
+    )
+    assert (DEPLOY.parent / "deploy/prometheus/runbooks.md").is_file()
+    assert anchor == name.lower(), "as Markdown makes anchors"
 
 
 def test_the_runbooks_are_of_alerts_that_there_are() -> None:

@@ -11,7 +11,8 @@ import pytest
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.dashboard import Dashboard
 from fusewire.service.messages import GuardState, Routing
-from fusewire.v1 import generation_pb2
+from fusewire.v1 import admin_pb2, generation_pb2
+from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED, KERNEL_MODE_UNFUSED, TrafficShare
 from tests.tools.browser import Browser, find_chromium
 from tests.tools.front_end_rig import EOS, Rig, rig, until
 
@@ -66,11 +67,35 @@ def test_it_shows_the_path_and_the_latencies_of_each(tmp_path: Path) -> None:
         unfused = await browser.evaluate(cell("Step, decode only", "unfused"))
         assert "3 of them" in unfused
         assert "ms" in unfused
-        assert "× as fast" in await browser.evaluate(cell("Step, decode only", "fused"))
+        assert "×" not in await browser.evaluate(cell("Step, decode only", "fused"))
         width = "document.querySelector('[data-row=\"Step, decode only\"] .bar.{}').offsetWidth"
         assert await browser.evaluate(f"{width.format('fused')} < {width.format('unfused')}")
         lines = "[...document.querySelectorAll('.spark path')].filter((line) => line.getAttribute('d'))"
         assert await browser.evaluate(f"{lines}.length") > 0
+        assert browser.errors == []
+
+    run(tmp_path, body)
+
+
+def test_a_ratio_is_of_thirty_samples_and_no_verdict_without_time_slices(tmp_path: Path) -> None:
+    async def body(server: Rig, browser: Browser) -> None:
+        for tokens, counted in ((30, 29), (2, 30)):
+            for mode in ("UNFUSED", "FUSED"):
+                await generate(server, mode, tokens)
+            await browser.until(cell("Step, decode only", "fused") + f".includes('{counted} of them')")
+            told = await browser.evaluate(cell("Step, decode only", "fused"))
+            assert ("× as fast, not time-sliced" in told) == (counted == 30)
+        assert not await browser.evaluate("document.getElementById('unfair').hidden")
+        halves = [TrafficShare(mode=mode, percent=50) for mode in (KERNEL_MODE_UNFUSED, KERNEL_MODE_FUSED)]
+        request = admin_pb2.SetKernelModeRequest(split=halves, split_kind=admin_pb2.SPLIT_KIND_TIME_SLICE)
+        await server.admin.SetKernelMode(request, timeout=10)
+        await browser.open(await browser.evaluate("location.origin") + "/?anew")
+        await browser.until("location.search && document.getElementById('health').textContent === 'serving'")
+        for mode in ("UNFUSED", "FUSED"):
+            await generate(server, mode, 32)
+        await browser.until(cell("Step, decode only", "fused") + ".includes('31 of them')")
+        assert "× as fast · 31" in await browser.evaluate(cell("Step, decode only", "fused"))
+        assert await browser.evaluate("document.getElementById('unfair').hidden")
         assert browser.errors == []
 
     run(tmp_path, body)
@@ -81,7 +106,7 @@ def test_its_buttons_switch_the_path(tmp_path: Path) -> None:
         await browser.click("#mode-buttons [data-mode=unfused]")
         await browser.until("document.getElementById('mode').textContent === 'unfused'")
         assert server.serving.engine.routing.mode is KernelMode.UNFUSED
-        assert "fused → unfused, generation 2" in await browser.text("answer")
+        assert "fused → unfused, no split, generation 2" in await browser.text("answer")
         pressed = "document.querySelector('[aria-pressed=true]').textContent"
         assert await browser.evaluate(pressed) == "unfused"
         assert browser.errors == []
@@ -95,9 +120,17 @@ def test_it_starts_and_ends_a_split_and_warns_of_coupled_latencies(tmp_path: Pat
         await browser.evaluate("document.getElementById('split-form').requestSubmit()")
         await browser.until("document.getElementById('split').textContent.includes('by request')")
         assert await browser.text("split") == "unfused 50 %, fused 50 %, by request"
+        await browser.until("document.getElementById('answer').textContent.includes('generation')")
+        assert "split unfused 50 %, fused 50 %, by request, generation 2" in await browser.text("answer")
+        assert (await browser.text("mode"), await browser.text("backend")) == ("split", "")
+        pressed = "document.querySelectorAll('[aria-pressed=true]').length"
+        assert await browser.evaluate(pressed) == 0
         assert not await browser.evaluate("document.getElementById('coupled').hidden")
         await browser.click("#end-split")
         await browser.until("document.getElementById('split').textContent === 'none'")
+        await browser.until("document.getElementById('answer').textContent.includes('generation')")
+        assert "fused, no split, generation 3" in await browser.text("answer")
+        assert (await browser.text("mode"), await browser.evaluate(pressed)) == ("fused", 1)
         assert await browser.evaluate("document.getElementById('coupled').hidden")
         assert browser.errors == []
 

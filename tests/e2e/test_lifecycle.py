@@ -11,7 +11,7 @@ import pytest
 
 from fusewire.v1 import admin_pb2, generation_pb2_grpc
 from fusewire.v1 import generation_pb2 as pb
-from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED
+from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED, TrafficShare
 from tests.tools.server_process import ServerProcess
 from tests.tools.streams import Answer, greedy, stream, stream_all
 
@@ -41,8 +41,10 @@ def test_a_killed_engine_ends_its_streams_and_comes_back(tmp_path: Path) -> None
         reader = threading.Thread(target=lambda: answers.extend(stream_all(server.generation, requests)))
         reader.start()
         wait_for(lambda: server.metric("fusewire_requests_running") == 4)
-        for chosen in (KERNEL_MODE_FUSED_NORM, KERNEL_MODE_UNFUSED):
-            server.admin.SetKernelMode(admin_pb2.SetKernelModeRequest(mode=chosen), timeout=10)
+        split = [TrafficShare(mode=KERNEL_MODE_UNFUSED, percent=90)]
+        split.append(TrafficShare(mode=KERNEL_MODE_FUSED_NORM, percent=10))
+        for chosen, shares in ((KERNEL_MODE_FUSED_NORM, []), (KERNEL_MODE_UNFUSED, split)):
+            server.admin.SetKernelMode(admin_pb2.SetKernelModeRequest(mode=chosen, split=shares), timeout=10)
         environment = Path(f"/proc/{server.engine_pid()}/environ").read_bytes().split(b"\0")
         assert b"GRPC_ENABLE_FORK_SUPPORT=0" in environment, "gRPC may crash a child before its exec"
         os.kill(server.engine_pid(), signal.SIGKILL)
@@ -55,6 +57,10 @@ def test_a_killed_engine_ends_its_streams_and_comes_back(tmp_path: Path) -> None
         assert server.metric("fusewire_engine_restarts_total") == 1
         now = server.admin.GetKernelMode(admin_pb2.GetKernelModeRequest(), timeout=10)
         assert (now.mode, now.generation) == (KERNEL_MODE_UNFUSED, 3), "generations never go back"
+        assert list(now.split) == split
+        first, again = [line for line in server.log.read_text().splitlines() if "ready: model=" in line]
+        assert first.endswith("kernel_mode=fused split=none")
+        assert again.endswith("kernel_mode=unfused split=unfused:90,fused_norm:10")
 
 
 def test_a_hung_engine_is_noticed_and_replaced(tmp_path: Path) -> None:

@@ -542,13 +542,13 @@ def test_mode_get_tells_of_a_split_and_of_a_fallback(fusewire, server: FakeServe
     current.split_kind = admin_pb2.SPLIT_KIND_REQUEST
     current.guard.every_steps = 0
     out = fusewire("mode", "get", "--target", server.target).out
-    assert out.endswith("split: unfused 90 %, fused 10 %, each request by itself\nguard: off\n")
+    assert out.endswith("split: unfused=90,fused=10, each request by itself\nguard: off\n")
     current.split_kind, current.slice_seconds = admin_pb2.SPLIT_KIND_TIME_SLICE, 2.5
     current.guard.fallback_active = True
     current.guard.left_modes.extend([kernel_pb2.KERNEL_MODE_FUSED_NORM, kernel_pb2.KERNEL_MODE_FUSED])
     current.guard.relative_error = 0.05
     out = fusewire("mode", "get", "--target", server.target).out
-    assert "split: unfused 90 %, fused 10 %, in time slices of 2.5 s\n" in out
+    assert "split: unfused=90,fused=10, in time slices of 2.5 s\n" in out
     assert "guard: fell back from fused_norm, fused to unfused at a relative error of 5.00e-02" in out
 
 
@@ -559,9 +559,13 @@ def test_mode_get_of_a_server_without_a_guard(fusewire, server: FakeServer) -> N
 
 def test_mode_set_splits_traffic(fusewire, server: FakeServer) -> None:
     outcome = fusewire("mode", "set", "--split", "fused=10,unfused=90", "--target", server.target)
-    assert outcome.status == 0
+    assert (outcome.status, outcome.out) == (
+        0,
+        "split fused=10,unfused=90, each request by itself, generation 9007199254740993, from step 41 on\n",
+    )
     by_time = "--split fused=50,unfused=50 --split-kind time-slice --slice-seconds 2.5"
-    fusewire("mode", "set", "unfused", *by_time.split(), "--target", server.target)
+    outcome = fusewire("mode", "set", "unfused", *by_time.split(), "--target", server.target)
+    assert outcome.out.startswith("fused -> unfused, split fused=50,unfused=50, in time slices of 2.5 s, gen")
     fused, unfused = kernel_pb2.KERNEL_MODE_FUSED, kernel_pb2.KERNEL_MODE_UNFUSED
     share = kernel_pb2.TrafficShare
     assert server.requests == [
@@ -580,7 +584,7 @@ def test_mode_set_splits_traffic(fusewire, server: FakeServer) -> None:
 
 def test_mode_rearm(fusewire, server: FakeServer) -> None:
     outcome = fusewire("mode", "rearm", "--target", server.target)
-    assert outcome.out == "unfused -> fused, generation 4, from step 43 on\n"
+    assert outcome.out == "unfused -> fused, no split, generation 4, from step 43 on\n"
     outcome = fusewire("mode", "rearm", "--json", "--target", server.target)
     assert json.loads(outcome.out)["applied_at_step"] == 43
     assert server.requests == [admin_pb2.RearmShadowGuardRequest()] * 2
@@ -590,10 +594,12 @@ def test_mode_set(fusewire, server: FakeServer) -> None:
     outcome = fusewire("mode", "set", "unfused", "--target", server.target)
     assert (outcome.status, outcome.out) == (
         0,
-        "fused -> unfused, generation 9007199254740993, from step 41 on\n",
+        "fused -> unfused, no split, generation 9007199254740993, from step 41 on\n",
     )
-    assert server.requests[-1].mode == kernel_pb2.KERNEL_MODE_UNFUSED
-    assert not server.requests[-1].HasField("expected_generation")
+    outcome = fusewire("mode", "set", "fused", "--target", server.target)  # which may have ended a split
+    assert outcome.out.startswith("fused, no split, generation 9007199254740993")
+    assert server.requests[0].mode == kernel_pb2.KERNEL_MODE_UNFUSED
+    assert not server.requests[0].HasField("expected_generation")
     outcome = fusewire(
         "mode", "set", "fused_norm", "--expected-generation", "0", "--json", "--target", server.target
     )
@@ -602,6 +608,9 @@ def test_mode_set(fusewire, server: FakeServer) -> None:
         "current": "fused_norm",
         "generation": 2**53 + 1,
         "applied_at_step": 41,
+        "split": [],
+        "split_kind": "unspecified",
+        "slice_seconds": 0.0,
     }
     assert server.requests[-1].HasField("expected_generation")
 

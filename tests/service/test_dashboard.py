@@ -316,10 +316,23 @@ def test_a_port_for_certificates_alone_is_no_open_door(tmp_path: Path) -> None:
 def test_what_is_not_there_is_said_in_json(tmp_path: Path) -> None:
     async def body(client: Page) -> None:
         assert await client.get("/api/secrets") == (404, {"code": "NOT_FOUND", "message": "Not Found"})
-        assert (await client.get("/api/mode"))[0] == 405
+        for method, path, allowed in (("GET", "/api/mode", "POST"), ("PUT", "/api/state", "GET,HEAD")):
+            async with client.session.request(method, client.origin + path) as reply:
+                assert (reply.status, reply.headers["Allow"]) == (405, allowed)
+                assert (await reply.json())["code"] == "UNIMPLEMENTED"
         assert (await client.post("/api/compare", {"left": {"text": "x" * 9000}}))[0] == 413
 
     run(tmp_path, body, max_request_bytes=8192)
+
+
+def test_head_is_answered_as_get_without_the_body(tmp_path: Path) -> None:
+    async def body(client: Page) -> None:
+        for path, status in (("/", 200), ("/page.js", 200), ("/api/state", 200), ("/api/secrets", 404)):
+            async with client.session.head(client.origin + path) as reply:
+                assert (reply.status, await reply.read()) == (status, b"")
+                assert int(reply.headers["Content-Length"]) > 0
+
+    run(tmp_path, body)
 
 
 def test_every_code_has_a_status() -> None:

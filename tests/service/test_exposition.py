@@ -3,7 +3,8 @@
 import gzip
 import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from contextlib import closing
+from http.client import HTTPConnection, HTTPResponse
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -97,10 +98,55 @@ def test_text_is_sent_to_everyone_else(server: MetricsServer, metrics: Metrics, 
     assert b"# EOF" not in body
 
 
-def test_a_scrape_is_compressed_for_who_can_read_that(server: MetricsServer) -> None:
-    plain, _ = scrape(server)
-    compressed, _ = scrape(server, Accept_Encoding="gzip, deflate")
-    assert compressed == plain
+def ask(connection: HTTPConnection, method: str = "GET", **headers: str) -> tuple[HTTPResponse, bytes]:
+    connection.request(
+        method, "/metrics", headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
+    reply = connection.getresponse()
+    return reply, reply.read()
+
+
+@pytest.fixture
+def connection(server: MetricsServer) -> Iterator[HTTPConnection]:
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=10)) as opened:
+        yield opened
+
+
+def test_a_scrape_is_compressed_for_who_can_read_that(connection: HTTPConnection) -> None:
+    _, plain = ask(connection)
+    for encodings in ("gzip, deflate", "GZIP", "br;q=0.5, *"):
+        reply, body = ask(connection, Accept_Encoding=encodings)
+        assert (reply.headers["Content-Encoding"], gzip.decompress(body)) == ("gzip", plain)
+    for encodings in ("gzip;q=0", "x-gzipped", "identity, gzip;q=0.5"):
+        reply, body = ask(connection, Accept_Encoding=encodings)
+        assert (reply.headers["Content-Encoding"], body) == (None, plain)
+
+
+def test_the_formats_that_are_sent_are_those_that_are_said(connection: HTTPConnection) -> None:
+    for accept in ("application/openmetrics-text;q=0", "application/openmetrics-text;version=7.0.0"):
+        reply, body = ask(connection, Accept=accept)
+        assert (reply.headers["Content-Type"], b"# EOF" in body) == (
+            "text/plain; version=0.0.4; charset=utf-8",
+            False,
+        )
+        assert reply.headers["Vary"] == "Accept, Accept-Encoding"
+
+
+def test_head_is_answered_as_get_without_the_metrics(connection: HTTPConnection) -> None:
+    """Over one connection, in which a body would be read as the next answer."""
+    for encodings in ("identity", "gzip"):
+        got, content = ask(connection, Accept_Encoding=encodings)
+        reply, body = ask(connection, "HEAD", Accept_Encoding=encodings)
+        assert (reply.status, body) == (200, b"")
+        assert reply.headers["Content-Length"] == str(len(content))
+        for name in ("Content-Type", "Content-Encoding", "Vary"):
+            assert reply.headers[name] == got.headers[name]
+
+
+def test_other_methods_are_refused_with_those_that_there_are(connection: HTTPConnection) -> None:
+    for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
+        reply, _ = ask(connection, method)
+        assert (reply.status, reply.headers["Allow"], reply.will_close) == (405, "GET, HEAD", True)
 
 
 def test_a_connection_is_kept_and_tells_what_changed(server: MetricsServer, metrics: Metrics) -> None:

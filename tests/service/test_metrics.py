@@ -27,6 +27,8 @@ from fusewire.service.messages import (
     Routing,
     Scheduled,
     ShadowCheck,
+    Share,
+    Split,
     StepReport,
     Token,
 )
@@ -62,6 +64,8 @@ PLAIN = {
     "kernel_mode_generation": "gauge",
     "kernel_mode_last_switch_timestamp_seconds": "gauge",
     "shadow_fallback_active": "gauge",
+    "shadow_threshold": "gauge",
+    "time_slice_seconds": "gauge",
 }
 
 
@@ -199,8 +203,31 @@ def test_a_switch_is_counted_and_a_turn_of_time_slices_is_not() -> None:
     assert value(metrics, "kernel_mode_switches_total") == 1
     assert value(metrics, "kernel_mode_generation") == 2
     assert value(metrics, "shadow_fallback_active") == 1
+    assert value(metrics, "shadow_threshold") == 0.01
     metrics.observe_routing(start, Routing(KernelMode.FUSED, 3))
     assert value(metrics, "shadow_fallback_active") == 0
+
+
+def test_the_split_that_holds_is_shown() -> None:
+    metrics = Metrics("m")
+    start = Routing(KernelMode.FUSED, 1)
+
+    def shares() -> dict[str, float | None]:
+        return {mode: value(metrics, "kernel_mode_share_ratio", kernel_mode=mode) for mode in KernelMode}
+
+    assert shares() == {"unfused": 0, "fused_norm": 0, "fused": 0}
+    split = Split((Share(KernelMode.FUSED, 90), Share(KernelMode.UNFUSED, 10)))
+    metrics.observe_routing(start, Routing(KernelMode.FUSED, 2, split))
+    assert shares() == {"unfused": 0.1, "fused_norm": 0, "fused": 0.9}
+    assert value(metrics, "time_slice_seconds") == 0
+    sliced = Split(split.shares, slice_seconds=2.5)
+    for turn in (KernelMode.FUSED, KernelMode.UNFUSED):
+        metrics.observe_routing(start, Routing(turn, 3, sliced))
+        assert shares() == {"unfused": 0.1, "fused_norm": 0, "fused": 0.9}
+        assert value(metrics, "time_slice_seconds") == 2.5
+    metrics.observe_routing(start, Routing(KernelMode.UNFUSED, 4))
+    assert shares() == {"unfused": 1, "fused_norm": 0, "fused": 0}
+    assert value(metrics, "time_slice_seconds") == 0
 
 
 def test_a_step_is_seen_in_its_phase_and_mode_and_in_the_load() -> None:

@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_had_ends_the_server(caplog: pytest.LogCaptureFix
         return await server.serve_until_stopped()
 
     assert asyncio.run(body()) == 1
-    assert "./absent is neither a folder nor a hub id" in caplog.text
+    assert "there is no folder ./absent" in caplog.text
 
 
 def test_an_engine_that_never_gets_ready_ends_the_server(

@@ -18,7 +18,17 @@ from prometheus_client import CollectorRegistry, Counter, Metric
 from fusewire.kernels.modes import KernelMode
 from fusewire.service import cli
 from fusewire.service.exposition import MetricsServer
-from fusewire.service.messages import Events, GuardState, QKTiming, Routing, ShadowCheck, StepReport, Token
+from fusewire.service.messages import (
+    Events,
+    GuardState,
+    QKTiming,
+    Routing,
+    ShadowCheck,
+    Share,
+    Split,
+    StepReport,
+    Token,
+)
 from fusewire.service.metrics import Metrics, RequestAccount
 from fusewire.service.top import Unreadable, Watch, as_plain, scrape
 from fusewire.service.top_reading import Reading, RequestTimes
@@ -205,6 +215,8 @@ def test_the_state_is_that_at_the_end(reading: Reading) -> None:
         "backend": "torch-cpu",
         "generation": 2,
         "switches": 1,
+        "shares": {"unfused": 1.0},
+        "slice_seconds": 0.0,
         "step_shares": {"unfused": 0.25, "fused": 0.75},
     }
     assert plain["guard"] == {
@@ -279,7 +291,7 @@ def test_an_older_server_without_most_metrics_is_read_and_shown(capsys: pytest.C
     assert set(plain["rates"].values()) == {None}
     assert plain["kernel"]["mode"] is plain["engine"]["up"] is plain["load"]["running_requests"] is None
     assert plain["requests"] == plain["steps"] == plain["qk_norm"] == []
-    assert "unknown on unknown, generation -" in capsys.readouterr().out
+    assert "unknown on unknown, split unknown, generation -" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -320,8 +332,28 @@ def test_once_prints_an_interval_as_plain_lines(
         "largest relative error: prefill nan, decode 2.00e-03"
     )
     (default,) = [line for line in words if line.startswith("default ")]
-    assert "unfused on torch-cpu, generation 2, switches 1 (the last" in default
-    assert default.endswith("steps: unfused 25.0 %, fused 75.0 % (split unknown)")
+    assert "unfused on torch-cpu, no split, generation 2, switches 1 (the last" in default
+    assert default.endswith("steps: unfused 25.0 %, fused 75.0 %")
+
+
+@pytest.mark.parametrize(
+    ("slice_seconds", "told"),
+    [
+        (None, "split unfused=10,fused=90, each request by itself"),
+        (2.5, "split unfused=10,fused=90, in time slices of 2.5 s"),
+    ],
+)
+def test_the_split_that_holds_is_told(
+    metrics: Metrics,
+    url: str,
+    capsys: pytest.CaptureFixture[str],
+    slice_seconds: float | None,
+    told: str,
+) -> None:
+    split = Split((Share(KernelMode.FUSED, 90), Share(KernelMode.UNFUSED, 10)), slice_seconds)
+    metrics.observe_routing(Routing(KernelMode.FUSED, 1), Routing(KernelMode.FUSED, 2, split))
+    assert cli.main(["top", "--metrics", url, "--once", "--interval", "0.1"]) == 0
+    assert f"fused on fake-fused, {told}, generation 2" in capsys.readouterr().out
 
 
 def test_a_quantile_beyond_the_last_bucket_says_so(

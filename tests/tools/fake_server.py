@@ -199,6 +199,9 @@ class FakeServer(
             current=request.mode or kernel_pb2.KERNEL_MODE_FUSED,
             generation=2**53 + 1,
             applied_at_step=41,
+            split=request.split,
+            split_kind=request.split_kind,
+            slice_seconds=request.slice_seconds,
         )
 
     def RearmShadowGuard(self, request, context):  # noqa: N802

@@ -9,6 +9,7 @@ Needs Debian's packages prometheus and openssl, and matplotlib (`pip install 'fu
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -176,10 +177,12 @@ def _curves(
         expression = Expression(BOARD, panel["title"], target["expr"])
         query = expression.filled(instance=watched.instance, __rate_interval=f"{window}s")
         for series in watched.prometheus.query_range(query, begin, time.time(), step=1):
-            label = target["legendFormat"]
-            for name, value in series.labels.items():
-                label = label.replace(f"{{{{{name}}}}}", value)
-            yield label, series
+            yield _legend(target["legendFormat"], series.labels), series
+
+
+def _legend(form: str, labels: Mapping[str, str]) -> str:
+    """A series' name as Grafana makes it: a label that it has not is empty."""
+    return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), form).strip()
 
 
 def _draw_panel(

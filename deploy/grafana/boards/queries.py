@@ -1,7 +1,8 @@
 """PromQL as the dashboards spell it.
 
-Two habits: kernel paths are compared by means (sum over count), since the quantiles of a histogram are only
-as fine as its buckets; and sums run over the servers that are chosen at the top of the page.
+Three habits: kernel paths are compared by means (sum over count), since the quantiles of a histogram are only
+as fine as its buckets; their ratios stand on enough samples, and say so where the paths did not take turns;
+and sums run over the servers that are chosen at the top of the page.
 """
 
 SERVER = 'instance=~"$instance"'
@@ -20,6 +21,11 @@ STEP = "fusewire_engine_step_duration_seconds"
 DEVICE = "fusewire_engine_step_device_seconds"
 QK_NORM = "fusewire_qk_norm_kernel_duration_seconds"
 BATCH = "fusewire_batch_tokens"
+SLICES = "fusewire_time_slice_seconds"
+FEWEST = 30
+"""Samples of each path, for a ratio of their means."""
+UNFAIR = "not time-sliced"
+"""The label `note` of a ratio that is no fair comparison."""
 
 Query = tuple[str, str]
 """A legend and an expression."""
@@ -55,8 +61,23 @@ def quantiles(histogram: str, labels: str, *percents: int) -> list[Query]:
 
 
 def speed_up(histogram: str, labels: str, by: str = "", window: str = WHOLE) -> str:
-    """How many times the mean of the path chosen on the page fits into that of the unfused one."""
-    unfused, chosen = (
-        mean(histogram, f'{labels}, kernel_mode="{path}"', by, window) for path in ("unfused", "$path")
-    )
-    return f"({unfused}) / ({chosen})"
+    """How many times the mean of the path chosen on the page fits into that of the unfused one.
+
+    Nothing where either has fewer than `FEWEST` samples; with a note where time was not sliced throughout.
+    """
+    sides = [f'{labels}, kernel_mode="{path}"' for path in ("unfused", "$path")]
+    unfused, chosen = (mean(histogram, side, by, window) for side in sides)
+    enough = " and ".join(f"{gain(f'{histogram}_count', side, by, window)} >= {FEWEST}" for side in sides)
+    return f"(({unfused}) / ({chosen}) and {enough}) * on () group_left (note) ({fairness(window)})"
+
+
+def gain(metric: str, labels: str, by: str, window: str) -> str:
+    """How much a counter grew, added up."""
+    grouping = f" by ({by})" if by else ""
+    return f"sum{grouping} (increase({metric}{{{labels}}}[{window}]))"
+
+
+def fairness(window: str) -> str:
+    """A 1, with a note unless the servers took turns between paths all the time."""
+    unfair = f'label_replace(vector(1), "note", "{UNFAIR}", "", "")'
+    return f"{unfair} unless on () min(min_over_time({SLICES}{{{SERVER}}}[{window}])) > 0 or on () vector(1)"

@@ -137,13 +137,16 @@ def test_a_split_is_told_and_ended(tmp_path: Path, caplog: pytest.LogCaptureFixt
     async def body(server: Rig) -> None:
         kept = await set_mode(server, split=HALVES)
         assert (kept.current, kept.generation) == (KERNEL_MODE_FUSED, 2)
+        assert (list(kept.split), kept.split_kind) == (HALVES, pb.SPLIT_KIND_REQUEST)
         told = await mode(server)
         assert list(told.split) == HALVES
         assert (told.split_kind, told.slice_seconds) == (pb.SPLIT_KIND_REQUEST, 0)
-        await set_mode(server, mode=KERNEL_MODE_UNFUSED, **SLICED)
+        changed = await set_mode(server, mode=KERNEL_MODE_UNFUSED, **SLICED)
+        assert (list(changed.split), changed.slice_seconds) == (HALVES, 10)
         told = await mode(server)
         assert (told.split_kind, told.slice_seconds) == (pb.SPLIT_KIND_TIME_SLICE, 10)
-        await set_mode(server, mode=KERNEL_MODE_UNFUSED)
+        changed = await set_mode(server, mode=KERNEL_MODE_UNFUSED)
+        assert (list(changed.split), changed.split_kind) == ([], pb.SPLIT_KIND_UNSPECIFIED)
         told = await mode(server)
         assert (list(told.split), told.split_kind) == ([], pb.SPLIT_KIND_UNSPECIFIED)
         assert told.generation == 4
