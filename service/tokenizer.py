@@ -61,6 +61,8 @@ class Tokenizer:
         self._named_tokens = dict(named_tokens)
         self._token_bytes = _bytes_by_id(backend)
         self._whole_texts = [_whole_text(token) for token in self._token_bytes]
+        self.longest_token = max(map(len, self._token_bytes), default=0)
+        """Bytes of the longest token."""
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
