@@ -20,7 +20,9 @@ RESERVED_BYTES = 4096
 TYPICAL_ID_BYTES = 2
 TYPICAL_LOGPROB_BYTES = 15
 """Of a token with its log-probability: header 2, id 3, log-probability 5, a text of three bytes 5."""
-REMEDY = "call StreamGenerate, ask for less, or raise that limit and the client's own"
+REMEDY = (
+    "call StreamGenerate, ask for fewer tokens or log-probabilities, or raise that limit and the client's own"
+)
 
 
 def room(max_response_bytes: int) -> int:
