@@ -71,10 +71,7 @@ class Connection:
             try:
                 while (message := self._outgoing.get()) is not None:
                     self._sock.sendall(encode(message))
-            except (
-                ValueError,
-                OverflowError,
-            ) as error:  # larger than a frame, or a number than a message has
+            except (ValueError, OverflowError) as error:  # too large a frame, or number
                 log.error("a message cannot be sent, so a front end is disconnected: %s", error)
                 self.close()
 
@@ -114,14 +111,13 @@ class Channel:
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError as error:  # there may be no file descriptor left, until one is closed
-                pause = ACCEPT_PAUSES[min(failures, len(ACCEPT_PAUSES) - 1)]
-                failures += 1
+            except OSError as error:
                 if self._stopped.is_set():
                     return
+                pause = ACCEPT_PAUSES[min(failures, len(ACCEPT_PAUSES) - 1)]
+                failures += 1
                 log.error("cannot accept a front end: %s; trying again in %g s", error.strerror, pause)
-                if self._stopped.wait(pause):
-                    return
+                self._stopped.wait(pause)  # there may be no file descriptor left until one is closed
                 continue
             failures = 0
             connection = Connection(sock)

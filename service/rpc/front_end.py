@@ -49,7 +49,7 @@ def cannot_listen(host: str, port: int, options: str, error: OSError) -> ListenE
         reason = error.strerror or str(error)
     else:  # in the system's words alone, without asyncio's
         reason = os.strerror(error.errno)
-    return ListenError(f"cannot listen on {host}:{port} ({options}): {reason}")
+    return ListenError(f"cannot listen on {_address(host, port)} ({options}): {reason}")
 
 
 def try_to_bind(host: str, port: int) -> None:
@@ -156,8 +156,7 @@ class FrontEnd:
 
     def _bind(self, server: grpc.aio.Server, host: str, port: int, options: str) -> int:
         credentials = server_credentials(self._config)
-        name = host.strip("[]")
-        address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        address = _address(host, port)
         try:
             if credentials is None:
                 return server.add_insecure_port(address)
@@ -168,6 +167,11 @@ class FrontEnd:
             except OSError as error:
                 raise cannot_listen(host, port, options, error) from failure
             raise ListenError(f"cannot listen on {address} ({options}): {failure}") from failure
+
+
+def _address(host: str, port: int) -> str:
+    name = host.strip("[]")
+    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
 
 def _gate(token_file: str, other_file: str) -> Gate:
