@@ -168,6 +168,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 300.0
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
     max_request_bytes: Annotated[int, Meta(ge=1, lt=2**31, description="largest request message")] = 4 << 20
+    max_response_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            lt=2**31,
+            description="largest response message; stock clients take 4194304 and must be told to take more",
+        ),
+    ] = 4 << 20
     tls_cert: Annotated[str, Meta(description="PEM certificate chain; with --tls-key it turns TLS on")] = ""
     tls_key: Annotated[str, Meta(description="PEM private key")] = ""
     tls_client_ca: Annotated[

@@ -48,6 +48,11 @@ from fusewire.service.messages import (
 log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
+"""Pause while nobody listens, and the first one after a connection that was lost."""
+MAX_RECONNECT_SECONDS = 5.0
+"""What the pause grows to, doubling, over connections that are lost at once."""
+STEADY_SECONDS = 5.0
+"""After a connection that lived this long the pause starts over."""
 
 
 class EngineUnavailable(Exception):
@@ -258,18 +263,25 @@ class EngineClient:
         self._transport.write(encode(message))
 
     async def _keep_connected(self) -> None:
+        """Connect for ever; the longer no connection lasts, the less often."""
         loop = asyncio.get_running_loop()
+        pause = RECONNECT_SECONDS
         while True:
             make = partial(_Frames, self._take_transport, self._receive)
             try:
                 _, frames = await loop.create_unix_connection(make, str(self._socket_path))
-            except OSError:
+            except OSError:  # it loads or restarts, and shall be found as soon as it listens
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
+            opened = loop.time()
             try:
                 await frames.closed
             finally:
                 self._disconnect()
+            if loop.time() - opened >= STEADY_SECONDS:
+                pause = RECONNECT_SECONDS
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_RECONNECT_SECONDS)
 
     def _take_transport(self, transport: asyncio.WriteTransport) -> None:
         self._transport = transport

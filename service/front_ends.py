@@ -17,7 +17,7 @@ from fusewire.service.config import ServeConfig
 from fusewire.service.logs import LogLevel
 from fusewire.service.messages import EngineReady, Routing, SetLogLevel
 from fusewire.service.metrics import RequestMetrics
-from fusewire.service.rpc.front_end import ListenError
+from fusewire.service.rpc.front_end import ListenError, cannot_listen, try_to_bind
 from fusewire.service.rpc.serving import END_SECONDS, DrainResult, Serving
 from fusewire.service.supervisor import ChildSupervisor
 from fusewire.service.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ class _Worker(ChildSupervisor):
             environment,
             has_output=True,
             on_exit=self._note_exit,
-            on_failure=on_failure,
+            on_failure=self._give_up,
         )
         self.name = name
         self.listening: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -174,6 +174,7 @@ class _Worker(ChildSupervisor):
         self.status = IDLE
         self._start_message = start
         self._on_ready = on_ready
+        self._on_unusable = on_failure
         self._folder: Path | None = None
         self._call_ids = itertools.count(1)
         self._is_draining = False
@@ -250,9 +251,16 @@ class _Worker(ChildSupervisor):
         if not self.listening.done():
             self.listening.set_exception(ListenError(reason))
         elif self.restarts == 0:
-            self._on_failure(reason)
+            self._on_unusable(reason)
         else:
             log.error("%s: %s", self.name, reason)
+
+    def _give_up(self, reason: str) -> None:
+        """Take in that it is not started again; whoever waits for it to listen must not wait for ever."""
+        if not self.listening.done():
+            self.listening.set_exception(ListenError(reason))
+        else:
+            self._on_unusable(reason)
 
     def _note_exit(self, code: int) -> None:
         self.status, self.is_ready = IDLE, False
@@ -325,13 +333,11 @@ def reserve_port(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         if port:
-            with socket.socket(family, kind) as probe:  # unlike what follows, refused beside any listener
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(where)
+            try_to_bind(host, port)  # unlike what follows, refused beside any listener
         reservation = socket.socket(family, kind)
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
             reservation.setsockopt(socket.SOL_SOCKET, option, 1)
         reservation.bind(where)
     except OSError as error:
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise cannot_listen(host, port, "--host, --port", error) from error
     return reservation

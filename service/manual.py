@@ -35,6 +35,8 @@ and the exit status is 0.
 Every option can also be set by its variable in the environment or by its name (with underscores) in
 a TOML file. The command line wins over the environment, the environment over the file. Everything
 binds to loopback unless told otherwise; another address needs TLS or --insecure.
+
+Clients may send a keepalive ping every 10 seconds; those that ping more often are disconnected.
 """
 
 SERVE_EXAMPLES = """

@@ -7,6 +7,7 @@ processes, and this one keeps all that there is once. Imports no torch: that is 
 
 import asyncio
 import logging
+import os
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,13 @@ from fusewire.service.logs import SERVER_TEXT, LogLevel, set_up
 from fusewire.service.messages import EngineReady, Routing
 from fusewire.service.metrics import Metrics
 from fusewire.service.model_source import ModelError, find_folder, public_name
-from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
+from fusewire.service.rpc.front_end import (
+    FLUSH_SECONDS,
+    SERVICE_NAMES,
+    FrontEnd,
+    ListenError,
+    cannot_listen,
+)
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.shared_metrics import Scrape
 from fusewire.service.supervisor import EngineSupervisor, fail_at_end
@@ -39,6 +46,8 @@ log = logging.getLogger(__name__)
 
 MAX_STARTS = 3
 """An engine that ends so many times without having been ready is given up."""
+MAX_SOCKET_PATH_BYTES = 107
+"""Linux has no room for more in the address of a unix socket."""
 
 
 class StartError(RuntimeError):
@@ -85,7 +94,8 @@ class Server:
         """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
 
         Raises:
-            StartError: if a port is taken, a credential's file cannot be used or traces cannot be made.
+            StartError: if a port is taken, a credential's file cannot be used, traces cannot be made or
+                there is no folder for the engine's socket.
         """
         config = self._config
         if config.otlp_endpoint:
@@ -93,8 +103,11 @@ class Server:
                 self._tracer = open_tracer(config.otlp_endpoint)
             except TracingError as error:
                 raise StartError(str(error)) from error
-        self._folder = TemporaryDirectory(prefix="fusewire-")  # private, 0700: the engine's socket is in it
-        self._socket_path = Path(self._folder.name) / "engine.sock"
+        try:
+            self._make_folder()
+        except StartError:
+            await self._stop_tracer()
+            raise
         if config.frontends > 1:
             self._share_the_port()
         else:
@@ -109,15 +122,14 @@ class Server:
                 self._dashboard = Dashboard(self.serving, self._registry)
                 await self._dashboard.start()
                 self.dashboard_port = self._dashboard.port
-            self._scrapes = MetricsServer(config.metrics_port, config.metrics_host, self._registry)
+            self._scrapes = self._listen_for_scrapes()
             self._scrapes.start()
         except (ListenError, CredentialError) as error:
             await self._abandon()
             raise StartError(str(error)) from error
         except OSError as error:
             await self._abandon()
-            address = f"{config.metrics_host}:{config.metrics_port}"
-            raise StartError(f"cannot listen on {address}: {error.strerror}") from error
+            raise StartError(f"cannot start: {error}") from error
         if config.tls_cert:
             self._show_certificate(config.tls_cert)
         self.port = (self._front_ends or self._front_end).port
@@ -139,6 +151,29 @@ class Server:
         self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
         fail_at_end(self._watching, "nobody watches the engine any more", self._fail)
 
+    def _make_folder(self) -> None:
+        """Make a private folder, 0700, for the engine's socket and the workers' metrics."""
+        try:
+            self._folder = TemporaryDirectory(prefix="fusewire-")
+            (Path(self._folder.name) / "metrics").mkdir()
+        except OSError as error:
+            raise StartError(f"TMPDIR: cannot make a folder for the engine's socket: {error}") from error
+        self._socket_path = Path(self._folder.name) / "engine.sock"
+        if len(os.fsencode(self._socket_path)) > MAX_SOCKET_PATH_BYTES:
+            self._folder.cleanup()
+            raise StartError(
+                f"TMPDIR: the engine's socket would be {self._socket_path}, and the path of a socket has at "
+                f"most {MAX_SOCKET_PATH_BYTES} bytes"
+            )
+
+    def _listen_for_scrapes(self) -> MetricsServer:
+        config = self._config
+        try:
+            return MetricsServer(config.metrics_port, config.metrics_host, self._registry)
+        except OSError as error:
+            options = "--metrics-host, --metrics-port"
+            raise cannot_listen(config.metrics_host, config.metrics_port, options, error) from error
+
     def _serve_alone(self) -> None:
         """Answer every call in this process."""
         self._metrics = Metrics(public_name(self._config), lambda: self.serving.oldest_waiting())
@@ -159,7 +194,6 @@ class Server:
     def _share_the_port(self) -> None:
         """Leave the public port to workers; answer the operator here and show all metrics as one."""
         folder = Path(self._folder.name) / "metrics"
-        folder.mkdir()
         self._front_ends = FrontEnds(
             self._config,
             self._socket_path,

@@ -63,6 +63,8 @@ class Tokenizer:
                 log.warning("%s; chat prompts are refused", error)
         self._token_bytes = _bytes_by_id(backend)
         self._whole_texts = [_whole_text(token) for token in self._token_bytes]
+        self.longest_token = max(map(len, self._token_bytes), default=0)
+        """Bytes of the longest token."""
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )

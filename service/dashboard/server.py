@@ -26,7 +26,7 @@ from fusewire.service.dashboard.state import State, plain
 from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
-from fusewire.service.rpc.front_end import ListenError
+from fusewire.service.rpc.front_end import cannot_listen
 from fusewire.service.rpc.generation import GenerationService
 from fusewire.service.rpc.serving import Serving
 from fusewire.v1 import admin_pb2, generation_pb2
@@ -105,7 +105,7 @@ class Dashboard:
             await web.TCPSite(self._runner, HOST, self.port).start()
         except OSError as error:
             await self.stop()
-            raise ListenError(f"cannot listen on {HOST}:{self.port}: {error.strerror}") from error
+            raise cannot_listen(HOST, self.port, "--dashboard-port", error) from error
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:

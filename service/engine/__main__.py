@@ -58,10 +58,10 @@ def main() -> int:
     leave_a_core_to_the_front_end()
     try:
         engine, inbox = build(config)
+        channel = Channel(socket_path, inbox)
     except (ValueError, OSError, MemoryError) as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
-    channel = Channel(socket_path, inbox)
     threading.Thread(target=follow_input, args=(lines, engine), daemon=True).start()
     channel.start()
     calm_garbage_collector()

@@ -25,6 +25,9 @@ from fusewire.service.messages import (
 
 log = logging.getLogger(__name__)
 
+ACCEPT_PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Seconds after each failure to accept in a row, the last for all that follow."""
+
 
 class Change(Enum):
     """What can happen to a connection, told through the inbox like any message."""
@@ -65,8 +68,12 @@ class Connection:
 
     def _write_all(self) -> None:
         with self._sock, suppress(OSError):
-            while (message := self._outgoing.get()) is not None:
-                self._sock.sendall(encode(message))
+            try:
+                while (message := self._outgoing.get()) is not None:
+                    self._sock.sendall(encode(message))
+            except (ValueError, OverflowError) as error:  # too large a frame, or number
+                log.error("a message cannot be sent, so a front end is disconnected: %s", error)
+                self.close()
 
 
 Inbox = SimpleQueue[tuple[Connection, ToEngine | Change] | None]
@@ -86,6 +93,7 @@ class Channel:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._inbox = inbox
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Accept connections from now on."""
@@ -94,15 +102,24 @@ class Channel:
 
     def stop(self) -> None:
         """Stop accepting; open connections stay until they are closed."""
+        self._stopped.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept(), as close() would not
         self._listener.close()
 
     def _accept_all(self) -> None:
+        failures = 0
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return  # stop() closed the listener
+            except OSError as error:
+                if self._stopped.is_set():
+                    return
+                pause = ACCEPT_PAUSES[min(failures, len(ACCEPT_PAUSES) - 1)]
+                failures += 1
+                log.error("cannot accept a front end: %s; trying again in %g s", error.strerror, pause)
+                self._stopped.wait(pause)  # there may be no file descriptor left until one is closed
+                continue
+            failures = 0
             connection = Connection(sock)
             self._inbox.put((connection, Change.OPENED))
             for target, args in ((connection._read_all, (self._inbox,)), (connection._write_all, ())):

@@ -1,12 +1,12 @@
 """One answer as it grows: the engine's events in, the client's events out.
 
-Everything that is ready goes into one Delta. Purely a state machine: it neither waits nor sends, so
-what it yields depends on the tokens alone and not on how they were grouped. Knows neither gRPC nor
-the engine's socket.
+Everything that is ready goes into one Delta, or into several where it is more than a message may have.
+Purely a state machine: it neither waits nor sends, so what it yields depends on the tokens alone and not
+on how they were grouped. Knows neither gRPC nor the engine's socket.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fusewire.service.detokenizer import Detokenizer
@@ -20,6 +20,7 @@ from fusewire.service.messages import (
     Token,
 )
 from fusewire.service.metrics import RequestAccount
+from fusewire.service.rpc.response_size import STOCK_BYTES, cut, tokens_per_message
 from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import kernel_pb2
@@ -60,12 +61,23 @@ class Answer:
         request: what was asked of the engine.
         options: what else was asked.
         tokenizer: whose tokens these are.
+        max_response_bytes: no event is larger.
     """
 
-    def __init__(self, request: AddRequest, options: AnswerOptions, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        request: AddRequest,
+        options: AnswerOptions,
+        tokenizer: Tokenizer,
+        max_response_bytes: int = STOCK_BYTES,
+    ) -> None:
         self.request = request
         self._options = options
         self._tokenizer = tokenizer
+        self._max_response_bytes = max_response_bytes
+        self._tokens_per_delta = tokens_per_message(
+            max_response_bytes, request.sampling.logprobs, tokenizer.longest_token
+        )
         self._detokenizer = Detokenizer(tokenizer, options.stop, options.include_stop, request.min_tokens)
         ending_ids = () if options.include_stop else (*request.eos_ids, *request.stop_ids)
         self._silent_ids = frozenset(ending_ids)
@@ -98,8 +110,16 @@ class Answer:
         assert self.ended is not None
         return self.ended.problem
 
-    def take(self, events: Iterable[RequestEvent]) -> list[pb.StreamGenerateResponse]:
+    def take(self, events: Sequence[RequestEvent]) -> list[pb.StreamGenerateResponse]:
         """Take in what has happened and return what the client may see of it, all but the Finished."""
+        most = self._tokens_per_delta
+        if len(events) <= most:
+            return self._take_together(events)
+        parts = (events[start : start + most] for start in range(0, len(events), most))
+        return [response for part in parts for response in self._take_together(part)]
+
+    def _take_together(self, events: Sequence[RequestEvent]) -> list[pb.StreamGenerateResponse]:
+        """Take in what one Delta has room for."""
         responses: list[pb.StreamGenerateResponse] = []
         response = pb.StreamGenerateResponse()
         delta, text = response.delta, ""
@@ -131,8 +151,8 @@ class Answer:
                 cached_tokens=self.cached_tokens,
             )
         )
-        if self._options.echo:
-            yield pb.StreamGenerateResponse(delta=pb.Delta(text=self._options.echo))
+        for text in cut(self._options.echo, self._max_response_bytes):
+            yield pb.StreamGenerateResponse(delta=pb.Delta(text=text))
 
     def _add_token(self, token: Token, delta: pb.Delta) -> str:
         """Count a token, unless the answer has ended before it, and return the text it completes.

@@ -112,7 +112,9 @@ class Comparison:
         serving = self._serving
         with inside(name):
             serving.require_model(request.model)
-            prompt_ids = await validation.encode_prompt_aside(request, serving.tokenizer)
+            prompt_ids = await validation.encode_prompt_aside(
+                request, serving.tokenizer, ready.model.vocab_size
+            )
             add = validation.compared_request(request, prompt_ids, ready, name, self._call)
         assert add.kernel_mode is not None  # the check has seen to it
         return _Side(add, name, add.kernel_mode, request.client_request_id)
@@ -124,7 +126,8 @@ class Comparison:
 
     def _run(self, side: _Side, live: LiveRequest, options: AnswerOptions) -> Run:
         request = msgspec.structs.replace(side.request, request_id=live.request_id, arrival=live.arrival)
-        answer = Answer(request, options, self._serving.tokenizer)
+        serving = self._serving
+        answer = Answer(request, options, serving.tokenizer, serving.config.max_response_bytes)
         span = None
         if self._call.span is not None:
             told: dict[str, str | bool] = {

@@ -3,6 +3,8 @@
 Knows which services are on which port, and no RPC.
 """
 
+import os
+import socket
 from collections.abc import Mapping
 
 import grpc
@@ -29,7 +31,7 @@ SERVICE_NAMES = [service.full_name for service in (GENERATION, MODEL, ADMIN)]
 FLUSH_SECONDS = 2.0
 """What calls get to send their last messages, once every generation has ended."""
 CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),  # an answer is as long as it is
+    ("grpc.max_send_message_length", -1),  # the handlers refuse what is too long, by a status
     ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and lets clients do the same
@@ -39,6 +41,27 @@ CHANNEL_OPTIONS = (
 
 class ListenError(RuntimeError):
     """A port cannot be listened on; the message is for the operator."""
+
+
+def cannot_listen(host: str, port: int, options: str, error: OSError) -> ListenError:
+    """Name the address, the options that it comes from, and what the system says to it."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        reason = error.strerror or str(error)
+    else:  # in the system's words alone, without asyncio's
+        reason = os.strerror(error.errno)
+    return ListenError(f"cannot listen on {_address(host, port)} ({options}): {reason}")
+
+
+def try_to_bind(host: str, port: int) -> None:
+    """Bind a port and let it go, which fails beside any listener, also one that shares its port.
+
+    Raises:
+        OSError: if the port cannot be bound; its text, unlike gRPC's, tells why.
+    """
+    family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(where)
 
 
 class FrontEnd:
@@ -75,11 +98,13 @@ class FrontEnd:
             public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
             shared = config.frontends > 1
             gate = _gate(public_file, admin_file)
-            self.port = await self._listen(config.host, config.port, gate, public, shared)
+            self.port = await self._listen(config.host, config.port, "--host, --port", gate, public, shared)
         if self._with_admin:
             admin = {ADMIN: AdminService(serving)}
             gate = _gate(admin_file, public_file)
-            self.admin_port = await self._listen(config.admin_host, config.admin_port, gate, admin)
+            self.admin_port = await self._listen(
+                config.admin_host, config.admin_port, "--admin-host, --admin-port", gate, admin
+            )
 
     async def stop(self, grace_seconds: float) -> None:
         """Stop listening; calls that still run after the grace are cancelled."""
@@ -91,18 +116,21 @@ class FrontEnd:
         self,
         host: str,
         port: int,
+        options: str,
         gate: Gate,
         services: Mapping[ServiceDescriptor, object],
         shared: bool = False,
     ) -> int:
         """Serve some services on a port; unless it is shared, a second server on it must fail."""
+        metrics, max_response_bytes = self._serving.metrics.rpc, self._config.max_response_bytes
         described = reflection.Reflection([*services, HEALTH])
         handlers = [
             generic_handler(
                 service,
                 implementation,
                 gate,
-                self._serving.metrics.rpc,
+                metrics,
+                max_response_bytes,
                 tracer=self._serving.tracer if service in services else None,  # no probes
             )
             for service, implementation in {
@@ -112,29 +140,38 @@ class FrontEnd:
             }.items()
         ]
         handlers.append(
-            generic_handler(reflection.SERVICE, described, gate, self._serving.metrics.rpc, reflection.V1)
+            generic_handler(reflection.SERVICE, described, gate, metrics, max_response_bytes, reflection.V1)
         )
-        handlers.append(UnknownMethods(self._serving.metrics.rpc))  # the last one is asked last
-        options = (
+        handlers.append(UnknownMethods(metrics))  # the last one is asked last
+        channel_options = (
             *CHANNEL_OPTIONS,
             ("grpc.so_reuseport", int(shared)),
             ("grpc.max_receive_message_length", self._config.max_request_bytes),
         )
-        server = grpc.aio.server(handlers=handlers, options=options)
-        name = host.strip("[]")
-        bound = self._bind(server, f"[{name}]:{port}" if ":" in name else f"{name}:{port}")
+        server = grpc.aio.server(handlers=handlers, options=channel_options)
+        bound = self._bind(server, host, port, options)
         await server.start()
         self._servers.append(server)
         return bound
 
-    def _bind(self, server: grpc.aio.Server, address: str) -> int:
+    def _bind(self, server: grpc.aio.Server, host: str, port: int, options: str) -> int:
         credentials = server_credentials(self._config)
+        address = _address(host, port)
         try:
             if credentials is None:
                 return server.add_insecure_port(address)
             return server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise ListenError(f"cannot listen on {address}: is the port in use?") from error
+        except RuntimeError as failure:
+            try:
+                try_to_bind(host, port)
+            except OSError as error:
+                raise cannot_listen(host, port, options, error) from failure
+            raise ListenError(f"cannot listen on {address} ({options}): {failure}") from failure
+
+
+def _address(host: str, port: int) -> str:
+    name = host.strip("[]")
+    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
 
 def _gate(token_file: str, other_file: str) -> Gate:

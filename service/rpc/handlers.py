@@ -65,6 +65,7 @@ def generic_handler(
     implementation: object,
     gate: Gate,
     metrics: RpcMetrics,
+    max_response_bytes: int,
     name: str = "",
     tracer: Tracer | None = None,
 ) -> grpc.GenericRpcHandler:
@@ -77,13 +78,14 @@ def generic_handler(
             async iterator of them, if the server streams), or raises `StatusError`.
         gate: whom to let in.
         metrics: where to count.
+        max_response_bytes: a larger message is not sent; its call ends as RESOURCE_EXHAUSTED.
         name: to serve it under another name than the descriptor's.
         tracer: makes a span of every call; None for no tracing.
     """
     name = name or service.full_name
     handlers = {
         method.name: _Endpoint(
-            method, getattr(implementation, method.name), gate, metrics, name, tracer
+            method, getattr(implementation, method.name), gate, metrics, max_response_bytes, name, tracer
         ).handler()
         for method in service.methods
     }
@@ -122,6 +124,7 @@ class _Endpoint:
         answer: Callable[[Any, Call], Any],
         gate: Gate,
         metrics: RpcMetrics,
+        max_response_bytes: int,
         service: str,
         tracer: Tracer | None,
     ) -> None:
@@ -129,6 +132,7 @@ class _Endpoint:
         self._service = service
         self._tracer = tracer
         self._answer = answer
+        self._max_response_bytes = max_response_bytes
         self._gate = None if method.full_name in OPEN_METHODS else gate
         self._request_class = message_factory.GetMessageClass(method.input_type)
         kinds = {(False, False): "unary", (False, True): "server_stream", (True, True): "bidi_stream"}
@@ -147,9 +151,9 @@ class _Endpoint:
 
     async def _unary_unary(self, body: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async def answer(call: Call) -> bytes:
-            response = await self._answer(self._parse(body), call)
+            response = self._serialize(await self._answer(self._parse(body), call))
             self._metrics.sent.inc()
-            return response.SerializeToString()
+            return response
 
         return await self._run(answer, context)
 
@@ -169,8 +173,19 @@ class _Endpoint:
     async def _write_all(self, responses: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> None:
         async with aclosing(responses) as open_responses:  # type: ignore[type-var]
             async for response in open_responses:
-                await context.write(response.SerializeToString())
+                await context.write(self._serialize(response))
                 self._note_sent()
+
+    def _serialize(self, response: Message) -> bytes:
+        """Refuse what the client would not take: it would tell nobody why."""
+        body = response.SerializeToString()
+        if len(body) > self._max_response_bytes:
+            raise StatusError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the response has {len(body)} bytes, more than the server's --max-response-bytes "
+                f"{self._max_response_bytes}",
+            )
+        return body
 
     def _note_sent(self) -> None:
         """Count a message soon: one by one it would cost a stream of tokens more than all other metrics."""

@@ -97,6 +97,7 @@ class Serving:
         self.started = time.monotonic()
         self._on_engine = on_engine
         self._tokenizer: Tokenizer | None = None
+        self._vocab_size: int | None = None
         self._is_loaded = False
         self._on_routing = on_routing
         self._on_log_level = on_log_level
@@ -123,6 +124,11 @@ class Serving:
         if self._tokenizer is None:
             raise unavailable("the tokenizer is loading")
         return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this: the model's, also while the engine restarts, else the tokenizer's."""
+        return self.tokenizer.vocab_size if self._vocab_size is None else self._vocab_size
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Take in the tokenizer, once it is loaded."""
@@ -260,6 +266,8 @@ class Serving:
         self.metrics.observe_step(report)
 
     def _take_state(self, ready: EngineReady | None) -> None:
+        if ready is not None:
+            self._vocab_size = ready.model.vocab_size
         self.load = Load()
         self._heard = time.monotonic()
         self.metrics.observe_engine(ready)

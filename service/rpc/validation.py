@@ -17,7 +17,7 @@ from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
 from fusewire.service.rpc import chat_prompt
 from fusewire.service.rpc.call import Call
-from fusewire.service.rpc.errors import failed_precondition, inside, invalid_argument
+from fusewire.service.rpc.errors import failed_precondition, inside, invalid_argument, quote
 from fusewire.service.tokenizer import Tokenizer
 from fusewire.service.wire import MODES
 from fusewire.v1 import generation_pb2 as pb
@@ -44,27 +44,35 @@ AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensReque
 # ---- the prompt ----
 
 
-def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Check a prompt and tokenize it, or take its ids as they are. Slow for long text.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a chat without a template.
+        StatusError: INVALID_ARGUMENT, also for a text that has a token which is not below the model's
+            vocabulary size; FAILED_PRECONDITION for a chat without a template.
     """
     _check_prompt(request)
     match request.WhichOneof("prompt"):
         case "chat":
-            return chat_prompt.encode(request.chat, tokenizer)
+            token_ids = chat_prompt.encode(request.chat, tokenizer)
+            _check_tokens("chat", token_ids, tokenizer, vocab_size)
         case "text":
-            return tokenizer.encode(request.text)
-    assert isinstance(request, pb.GenerateRequest)
-    return list(request.token_ids.ids)
+            token_ids = tokenizer.encode(request.text)
+            _check_tokens("text", token_ids, tokenizer, vocab_size)
+        case _:
+            assert isinstance(request, pb.GenerateRequest)
+            token_ids = list(request.token_ids.ids)
+            check_ids("token_ids.ids", token_ids, vocab_size)
+    return token_ids
 
 
-async def encode_prompt_aside(request: pb.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+async def encode_prompt_aside(
+    request: pb.GenerateRequest, tokenizer: Tokenizer, vocab_size: int
+) -> list[int]:
     """Do what `encode_prompt` does, off the event loop; what is tokens already need not leave it."""
     if request.HasField("token_ids"):
-        return encode_prompt(request, tokenizer)
-    return await asyncio.to_thread(encode_prompt, request, tokenizer)
+        return encode_prompt(request, tokenizer, vocab_size)
+    return await asyncio.to_thread(encode_prompt, request, tokenizer, vocab_size)
 
 
 def prompt_text(request: pb.GenerateRequest, tokenizer: Tokenizer) -> str:
@@ -84,6 +92,16 @@ def _check_prompt(request: AnyPromptRequest) -> None:
         raise invalid_argument("prompt", f"one of {', '.join(kinds)} must be set")
 
 
+def _check_tokens(field: str, token_ids: list[int], tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise INVALID_ARGUMENT for a token of a text that the tokenizer has and the model has not."""
+    if (largest := max(token_ids, default=-1)) >= vocab_size:
+        token = quote(tokenizer.token_bytes(largest).decode(errors="replace"))
+        raise invalid_argument(
+            field,
+            f"holds the token {token}, whose id {largest} is not below the vocabulary size {vocab_size}",
+        )
+
+
 def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
     """Raise INVALID_ARGUMENT unless every id, an element of `field`, is below the vocabulary's size."""
     for index, token_id in enumerate(ids):
@@ -97,7 +115,7 @@ def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
 
 
 def check_request(request: pb.GenerateRequest, ready: EngineReady) -> None:
-    """Check everything but text and chat prompts, which `encode_prompt` does.
+    """Check everything but the prompt itself, which `encode_prompt` does.
 
     Raises:
         StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a kernel mode that is not served.
@@ -105,7 +123,6 @@ def check_request(request: pb.GenerateRequest, ready: EngineReady) -> None:
     _at_most("client_request_id", len(request.client_request_id), MAX_CLIENT_ID_CHARACTERS, "characters")
     if request.HasField("token_ids"):
         _room(request, len(request.token_ids.ids), ready)  # first, so that what follows is short
-    check_ids("token_ids.ids", request.token_ids.ids, ready.model.vocab_size)
     _check_sampling(request.sampling, ready.model.vocab_size)
     _check_stopping(request.stopping, ready.model.vocab_size)
     if request.response.HasField("logprobs"):
@@ -163,7 +180,7 @@ def _check_stopping(stopping: pb.StoppingCriteria, vocab_size: int) -> None:
 
 
 def check_comparison(request: pb.CompareRequest, ready: EngineReady) -> None:
-    """Check everything of a comparison but text and chat prompts.
+    """Check everything of a comparison but the prompts themselves.
 
     Raises:
         StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a kernel mode that is not served.

@@ -65,6 +65,7 @@ BAD_VALUES = [
     ("port", "65536", "expected int <= 65535, got '65536'"),
     ("max_running", "0", "expected int >= 1, got '0'"),
     ("max_request_bytes", "2147483648", "expected int <= 2147483647, got '2147483648'"),
+    ("max_response_bytes", "1023", "expected int >= 1024, got '1023'"),
     ("max_context", "few", "expected int, got 'few'"),
     ("gpu_memory_utilization", "2", "expected float <= 1.0, got '2'"),
     ("kernel_mode", "zip", "expected one of unfused, fused_norm, fused, got 'zip'"),

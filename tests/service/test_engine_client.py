@@ -1,12 +1,15 @@
 """The client and the step loop over a real unix socket, with a runner that needs no model."""
 
 import asyncio
+import logging
+import resource
+import socket
 import threading
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -14,12 +17,13 @@ from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Sampled, Step
 from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.engine.block_pool import BlockPool
-from fusewire.service.engine.channel import Channel, Inbox
+from fusewire.service.engine.channel import Change, Channel, Inbox
 from fusewire.service.engine.engine import Engine
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine_client import EngineClient, EngineUnavailable, RequestEvents
 from fusewire.service.messages import (
     AddRequest,
+    CancelReply,
     Ended,
     EngineReady,
     GenerationDefaults,
@@ -29,6 +33,7 @@ from fusewire.service.messages import (
     Scheduled,
     StepReport,
     Token,
+    encode,
 )
 from tests.tools.front_end_rig import EndlessExaminer
 
@@ -312,3 +317,100 @@ def test_a_dead_engine_fails_what_was_open_and_the_next_one_is_found(tmp_path: P
     finally:
         engines[-1].stop()
     assert states[:3] == [True, False, True]
+
+
+class BrokenEngine:
+    """Listens where an engine would, greets every front end with some bytes, and hangs up if told so."""
+
+    def __init__(self, path: Path, greeting: bytes, hangs_up: bool) -> None:
+        self.connections = 0
+        self._greeting = greeting
+        self._hangs_up = hangs_up
+        self._path = path
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_unix_server(self._greet, self._path)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._server.close()
+        self._path.unlink()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        writer.write(self._greeting)
+        if not self._hangs_up:
+            await reader.read()
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("greeting", "hangs_up"),
+    [
+        (b"\xff" * 8, False),
+        ((4).to_bytes(4, "little") + b"odd!", False),
+        (b"", True),
+        (encode(EngineReady(MODEL, "fake", "fake", {}, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64)), True),
+    ],
+    ids=["too long a frame", "no message", "closed at once", "closed once ready"],
+)
+def test_an_engine_that_cannot_be_understood_is_asked_less_and_less_often(
+    tmp_path: Path, greeting: bytes, hangs_up: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        client = EngineClient(tmp_path / "engine.sock")
+        async with BrokenEngine(tmp_path / "engine.sock", greeting, hangs_up) as broken:
+            await client.start()
+            await until(lambda: broken.connections >= 2)  # it does try again
+            await asyncio.sleep(0.3)
+            assert broken.connections < 10
+        engine = LocalEngine(tmp_path / "engine.sock")
+        engine.start()
+        try:
+            await until(lambda: client.ready is not None and client.ready.kernel_backends)
+            assert isinstance((await drain(client.submit(request("a"))))[-1], Ended)
+        finally:
+            await client.stop()
+            engine.stop()
+
+    asyncio.run(body())
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) < 10
+
+
+def test_the_engine_goes_on_accepting_once_there_are_file_descriptors_again(tmp_path: Path) -> None:
+    """An accept that waits already has the descriptor for its connection, so the second one fails."""
+    inbox: Inbox = SimpleQueue()
+    channel = Channel(tmp_path / "engine.sock", inbox)
+    channel.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))  # those that are open stay so
+            try:
+                first.connect(str(tmp_path / "engine.sock"))
+                second.connect(str(tmp_path / "engine.sock"))
+                time.sleep(0.1)
+                assert inbox.qsize() < 2
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            opened = [inbox.get(timeout=10) for _ in range(2)]
+            assert [change for _, change in opened] == [Change.OPENED] * 2
+    finally:
+        channel.stop()
+
+
+def test_a_message_that_cannot_be_encoded_disconnects_its_front_end(tmp_path: Path) -> None:
+    """Instead of leaving it without a word for ever."""
+    inbox: Inbox = SimpleQueue()
+    channel = Channel(tmp_path / "engine.sock", inbox)
+    channel.start()
+    try:
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.settimeout(10)
+            front_end.connect(str(tmp_path / "engine.sock"))
+            connection, _ = inbox.get(timeout=10)
+            connection.send(CancelReply(1 << 70, found=True))
+            assert front_end.recv(1) == b""
+            assert inbox.get(timeout=10) == (connection, Change.CLOSED)
+    finally:
+        channel.stop()

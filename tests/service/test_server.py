@@ -66,14 +66,51 @@ def test_a_server_listens_serves_and_stops_at_a_signal() -> None:
     assert asyncio.run(body()) == 0
 
 
-@pytest.mark.parametrize("option", ["port", "admin_port", "metrics_port"])
-def test_a_port_in_use_is_named(option: str) -> None:
-    async def body(port: int) -> None:
-        with pytest.raises(StartError, match=f"127.0.0.1:{port}"):
-            await Server(config(**{option: port})).start()
+async def reason_of_failed_start(**fields) -> str:
+    with pytest.raises(StartError) as failed:
+        await asyncio.wait_for(Server(config(**fields)).start(), 30)
+    return str(failed.value)
 
+
+@pytest.mark.parametrize(
+    ("option", "frontends"),
+    [("port", 1), ("port", 2), ("admin_port", 1), ("metrics_port", 1), ("dashboard_port", 1)],
+)
+def test_a_port_in_use_is_named_with_its_option(option: str, frontends: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        asyncio.run(body(other.getsockname()[1]))
+        port = other.getsockname()[1]
+        fields = {"frontends": frontends, "dashboard": True, "dashboard_port": 0, option: port}
+        reason = asyncio.run(reason_of_failed_start(**fields))
+    assert reason.startswith(f"cannot listen on 127.0.0.1:{port} (")
+    assert f"--{option.replace('_', '-')})" in reason
+    assert reason.endswith(": Address already in use")
+
+
+@pytest.mark.parametrize("option", ["host", "admin_host", "metrics_host"])
+def test_an_address_of_another_machine_is_named_with_its_option(option: str) -> None:
+    reason = asyncio.run(reason_of_failed_start(insecure=True, **{option: "192.0.2.1"}))
+    assert reason.startswith(f"cannot listen on 192.0.2.1:0 (--{option.replace('_', '-')},")
+    assert reason.endswith(": Cannot assign requested address")
+
+
+def test_a_folder_that_cannot_hold_the_engines_socket_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    reason = asyncio.run(reason_of_failed_start())
+    assert reason.startswith("TMPDIR: cannot make a folder for the engine's socket: [Errno 2]")
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    reason = asyncio.run(reason_of_failed_start())
+    assert reason.startswith(f"TMPDIR: the engine's socket would be {long}/")
+    assert list(long.iterdir()) == []
+
+
+def test_front_ends_that_cannot_be_started_end_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusewire.service.supervisor.sys.executable", "/absent")
+    reason = asyncio.run(reason_of_failed_start(frontends=2))
+    assert reason == "the front end 1 is not watched any more; the reason is above"
 
 
 def test_a_token_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -93,6 +93,17 @@ def test_tokens_after_a_stop_string_count_neither_in_usage_nor_in_time() -> None
     assert finished.reason == pb.FINISH_REASON_STOP
 
 
+def test_a_special_token_matches_no_stop_string_and_leaves_no_text_when_it_stops() -> None:
+    tokenizer = demo_tokenizer()
+    ids = tokenizer.encode("one<|im_end|> two<|endoftext|>")
+    assert len(tokenizer.special_ids.intersection(ids)) == 2
+    options = AnswerOptions(stop=("<|im_end|>",), include_stop=True, token_ids=True)
+    answer = make_answer(options, stop_ids=[ids[-1]])
+    deltas, finished = take_all(answer, [events_of(ids, reason="stop", stop_id=ids[-1])])
+    assert joined(deltas) == ("one two", ids)
+    assert finished.matched_stop == str(ids[-1])
+
+
 def test_a_request_that_never_ran_has_an_account_without_phases() -> None:
     answer = make_answer()
     deltas, finished = take_all(answer, [[Ended("id", "cancelled")]])

@@ -17,7 +17,8 @@ from fusewire.service.rpc import validation
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
 from fusewire.v1 import generation_pb2 as pb
-from tests.tools.front_end_rig import CONTEXT, VOCAB, Rig, describe, rig
+from tests.tools.front_end_rig import CONTEXT, VOCAB, Rig, demo_tokenizer, describe, rig
+from tests.tools.odd_tokenizer import odd_tokenizer
 
 LONG = "word " * CONTEXT
 
@@ -174,6 +175,48 @@ def test_bad_prompts_and_ids_of_the_token_calls_are_refused_by_name(tmp_path: Pa
     asyncio.run(with_rig(tmp_path, body))
 
 
+def test_a_token_that_the_model_has_not_is_refused_on_every_way_in(tmp_path: Path) -> None:
+    tokenizer = odd_tokenizer(tmp_path, added="<tool_out>")
+    text, turns = {"text": "hi<tool_out>"}, chat(("user", "hi<tool_out>"))
+    problem = f"holds the token '<tool_out>', whose id {VOCAB} is not below the vocabulary size {VOCAB}"
+
+    def side(prompt: dict[str, Any]) -> pb.GenerateRequest:
+        return pb.GenerateRequest(**prompt, kernel_mode="KERNEL_MODE_FUSED")
+
+    async def body(server: Rig) -> None:
+        server.serving.set_tokenizer(tokenizer)
+        rpc = server.generation
+        for prompt in (text, turns):
+            field = "text" if prompt is text else "chat"
+            calls = [
+                (field, rpc.Generate(pb.GenerateRequest(**prompt))),
+                (field, anext(aiter(rpc.StreamGenerate(pb.GenerateRequest(**prompt))))),
+                (field, rpc.Tokenize(pb.TokenizeRequest(**prompt))),
+                (field, rpc.CountTokens(pb.CountTokensRequest(**prompt))),
+                (
+                    f"left.{field}",
+                    anext(aiter(rpc.Compare(pb.CompareRequest(left=side(prompt), right=side(ids(1)))))),
+                ),
+                (
+                    f"right.{field}",
+                    anext(aiter(rpc.Compare(pb.CompareRequest(left=side(ids(1)), right=side(prompt))))),
+                ),
+            ]
+            for named, call in calls:
+                error = await refusal(call)
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert named_field(error) == named
+                assert error.details() == f"{named}: {problem}"
+        beyond = pb.CompareRequest(left=side(ids(1)), right=side(ids(1, VOCAB)))
+        assert named_field(await refusal(anext(aiter(rpc.Compare(beyond))))) == "right.token_ids.ids[1]"
+        assert (await rpc.Generate(pb.GenerateRequest(text="hi"))).usage.completion_tokens
+        await server.kill_engine()
+        assert named_field(await refusal(rpc.Tokenize(pb.TokenizeRequest(**text)))) == "text"
+        assert len((await rpc.Tokenize(pb.TokenizeRequest(text="hi"))).token_ids)
+
+    asyncio.run(with_rig(tmp_path, body))
+
+
 async def with_rig(tmp_path: Path, body) -> None:
     async with rig(tmp_path) as server:
         await body(server)
@@ -238,9 +281,9 @@ def assert_names_a_field(request: pb.GenerateRequest, error: StatusError) -> Non
 def test_any_request_is_either_refused_by_name_or_within_every_limit(request: pb.GenerateRequest) -> None:
     ready = describe()
     call = Call(arrival=time.monotonic(), deadline=None, caller="", context=None)
-    prompt = list(request.token_ids.ids)
     try:
         validation.check_request(request, ready)
+        prompt = validation.encode_prompt(request, demo_tokenizer(), VOCAB)
         add = validation.add_request(request, prompt, ready, "id", call, default_max_tokens=16)
     except StatusError as error:
         assert_names_a_field(request, error)
