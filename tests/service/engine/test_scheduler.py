@@ -470,6 +470,29 @@ def test_shared_blocks_count_once_for_admission(fake_runner, make_loop, make_req
     assert scheduler.pool.num_blocks - scheduler.pool.num_free == 13
 
 
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stems=st.lists(st.sampled_from(STEMS), min_size=4, max_size=6),
+    lengths=st.lists(st.integers(17, 36), min_size=6, max_size=6),
+    arrivals=st.lists(st.integers(0, 6), min_size=6, max_size=6),
+    num_blocks=st.integers(16, 22),
+    overlap=st.booleans(),
+)
+def test_no_request_waits_in_a_step_in_which_it_would_fit(
+    stems, lengths, arrivals, num_blocks, overlap, fake_runner, make_loop, make_request
+) -> None:
+    """`Watch` looks at every plan, while prefixes become findable and requests come and go."""
+    runner, scheduler = fake_runner(num_blocks, 4, VOCAB), make_scheduler(num_blocks, 4, 6, 64)
+    loop = make_loop(scheduler, runner, overlap, Watch(scheduler, runner, 64, 6))
+    requests = [make_request(stem[:length], 12) for stem, length in zip(stems, lengths, strict=False)]
+    for turn in range(max(arrivals) + 1):
+        for request, arrival in zip(requests, arrivals, strict=False):
+            if arrival == turn:
+                scheduler.add(request)
+        loop.turn()
+    loop.run()
+
+
 def test_a_waiting_request_is_admitted_once_its_prefix_is_there(fake_runner, make_loop, make_request) -> None:
     """Seven blocks: one prompt takes five, and what is left holds the other as soon as it shares four."""
     scheduler = make_scheduler(num_blocks=7, budget=32)
