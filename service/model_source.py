@@ -16,7 +16,7 @@ from fusewire.service.config import ServeConfig
 log = logging.getLogger(__name__)
 
 DEMO_NAME = "fusewire-demo"
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
 """What is fetched from the hub: neither pickles nor code."""
 
 

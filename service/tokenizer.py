@@ -1,36 +1,29 @@
-"""Text to token ids and back, and chat turns to text, from the files of a Hugging Face folder.
+"""Text to token ids and back, and chat turns to text.
 
-Serves byte-level BPE (Qwen3, GLM-4, the demo model), where every token stands for exact bytes.
-Loads neither torch nor transformers. Knows nothing of streams: that is `fusewire.service.detokenizer`.
+Serves byte-level BPE (Qwen3, GLM-4, the demo model), where every token stands for exact bytes. Made of
+what the engine tells, which has read the model's files; loads neither torch nor transformers. Knows
+nothing of streams: that is `fusewire.service.detokenizer`.
 
 Special tokens that are spelled out in a prompt are parsed as such, in plain text and in chat turns
-alike, as transformers and its peers do by default: whoever may send a prompt controls the whole of
-it, system turn included. An application that puts strangers' text into its prompts must filter it.
+alike, as transformers and its peers do, unless the tokenizer is made to split them: whoever may send a
+prompt controls the whole of it, system turn included. An application that puts strangers' text into its
+prompts must filter it.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-NAMED_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+from fusewire.service.messages import TokenizerSource
 
 
 class TokenizerError(ValueError):
-    """A folder holds no tokenizer that can be served; the message is for the operator."""
+    """There is no tokenizer that can be served; the message is for the operator."""
 
 
 class ChatTemplateError(ValueError):
@@ -52,10 +45,9 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, chat_template: str | None, named_tokens: Mapping[str, str]
     ) -> None:
-        _require_byte_level(backend)
+        require_byte_level(backend)
         backend.no_truncation()
         backend.no_padding()
-        backend.add_special_tokens([t for t in named_tokens.values() if backend.token_to_id(t) is not None])
         self._backend = backend
         self._template = _compile(chat_template) if chat_template is not None else None
         self._named_tokens = dict(named_tokens)
@@ -66,18 +58,18 @@ class Tokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Load `tokenizer.json`, `tokenizer_config.json` and, where there is one, `chat_template.jinja`.
+    def build(cls, source: TokenizerSource) -> "Tokenizer":
+        """Build a tokenizer from what the engine tells of it; slow for a large vocabulary.
 
         Raises:
-            TokenizerError: if a file is missing or cannot be used; it names the folder.
+            TokenizerError: if it cannot be served.
         """
         try:
-            config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-            backend = _parse((folder / "tokenizer.json").read_text("utf-8"))
-            return cls(backend, _chat_template(folder, config), _named_tokens(config))
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"tokenizer in {folder}: {error}") from error
+            backend = tokenizers.Tokenizer.from_str(source.json)
+        except Exception as error:  # the bindings have no narrower class
+            raise TokenizerError(f"tokenizer: {error}") from error
+        backend.encode_special_tokens = source.split_special_tokens  # which the JSON does not hold
+        return cls(backend, source.chat_templates.get("default"), source.named_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -148,14 +140,8 @@ class _RefusedByTemplate(jinja2.TemplateError):
     """A template has called `raise_exception`."""
 
 
-def _parse(source: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(source)
-    except Exception as error:  # the bindings have no narrower class
-        raise TokenizerError(f"tokenizer.json: {error}") from error
-
-
-def _require_byte_level(backend: tokenizers.Tokenizer) -> None:
+def require_byte_level(backend: tokenizers.Tokenizer) -> None:
+    """Raise TokenizerError for a tokenizer whose tokens do not stand for exact bytes."""
     model, decoder = backend.model, backend.decoder
     if not isinstance(model, tokenizers.models.BPE) or not isinstance(decoder, tokenizers.decoders.ByteLevel):
         raise TokenizerError(
@@ -196,24 +182,6 @@ def _byte_alphabet() -> dict[str, int]:
     others = sorted(set(range(0x100)) - set(printable))
     characters = [*printable, *range(0x100, 0x100 + len(others))]
     return {chr(character): byte for character, byte in zip(characters, printable + others, strict=True)}
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Find the template: a file of its own wins; of several named ones the one called default is taken."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text("utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    named = {name: config.get(name) for name in NAMED_SPECIAL_TOKENS}
-    return {
-        name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token
-    }
 
 
 def _compile(source: str) -> jinja2.Template:

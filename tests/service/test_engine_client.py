@@ -29,6 +29,7 @@ from fusewire.service.messages import (
     Scheduled,
     StepReport,
     Token,
+    TokenizerSource,
 )
 from tests.tools.front_end_rig import EndlessExaminer
 
@@ -68,7 +69,9 @@ class LocalEngine:
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-        ready = EngineReady(MODEL, "fake", "fake", modes, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64)
+        ready = EngineReady(
+            MODEL, "fake", "fake", modes, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64, TokenizerSource("")
+        )
         scheduler = Scheduler(self.pool, 8, 16, KernelMode.FUSED)
         self.engine = Engine(self.runner, scheduler, ready, self.inbox, **collaborators)
         self.channel = Channel(path, self.inbox)
