@@ -73,16 +73,21 @@ def main() -> int:
     return 0
 
 
-def build(config: EngineConfig) -> tuple[Engine, Inbox]:
-    """Load and warm up the model and put the engine around it."""
+def build(config: EngineConfig, *, with_tokenizer: bool = True) -> tuple[Engine, Inbox]:
+    """Load and warm up the model and put the engine around it; without a tokenizer, for no front end.
+
+    Raises:
+        ValueError: if the model, its tokenizer or an option cannot be used.
+    """
     from fusewire.service.engine.tokenizer_source import read_tokenizer, require_files  # transformers
 
     names = RunnerOptions.__dataclass_fields__
     options = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if name in names}
     folder = Path(config.model_path)
-    require_files(folder)
+    if with_tokenizer:
+        require_files(folder)
     with ThreadPoolExecutor(1, "tokenizer") as beside, show_progress() as progress:
-        tokenizer = beside.submit(read_tokenizer, folder)
+        tokenizer = beside.submit(read_tokenizer if with_tokenizer else read_none, folder)
         runner = ModelRunner(
             RunnerOptions(path=folder, shadow=config.shadow_every > 0, **options),
             progress=unless_failed(tokenizer, progress),
@@ -105,6 +110,11 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
     log.info("start: %s", ", ".join(f"{name}={value:.4g}" for name, value in runner.start_report.items()))
     overlap = runner.device_name != "cpu"  # there a launch returns with the work done
     return Engine(runner, scheduler, ready, inbox, overlap, watch, examiner=runner, timer=runner), inbox
+
+
+def read_none(folder: Path) -> TokenizerSource:
+    """Tell of no tokenizer."""
+    return TokenizerSource(json="")
 
 
 def unless_failed(tokenizer: "Future[TokenizerSource]", report: Report) -> Report:
