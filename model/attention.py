@@ -271,14 +271,23 @@ def _gather_singles(batch: ForwardBatch, rows: list[int]) -> "_SinglesPart":
 
 def _gather_chunk(batch: ForwardBatch, row: int, first_token: int) -> "_ChunkPart":
     """Index the context of one row of several tokens."""
-    from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, for seconds
-
     positions = torch.arange(batch.context_lens[row], device=batch.positions.device)
     tables = _tables(batch, torch.tensor([row], device=batch.positions.device), batch.context_lens[row])
     slots = _slots(tables[0], positions, batch.block_size)
     count = batch.query_lens[row]
     tokens = slice(first_token, first_token + count)
-    return _ChunkPart(tokens, slots, causal_lower_right(count, batch.context_lens[row]))
+    return _ChunkPart(tokens, slots, _lower_right(count, batch.context_lens[row], positions.device))
+
+
+def _lower_right(count: int, context: int, device: torch.device) -> Tensor | None:
+    """Let the t last of L positions attend causally: a mask [t, L], or None if they are all there are."""
+    if count == context:
+        return None
+    if device.type == "cpu":
+        return torch.ones(count, context, dtype=torch.bool).tril_(context - count)
+    from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, for seconds
+
+    return causal_lower_right(count, context)
 
 
 def _tables(batch: ForwardBatch, rows: Tensor, context: int) -> Tensor:
@@ -319,8 +328,9 @@ class _ChunkPart:
     tokens: slice
     slots: Tensor
     """[L], the cache slots of the context."""
-    mask: Tensor
-    """[t, L], causal from the lower right corner; made only where a kernel needs it spelled out."""
+    mask: Tensor | None
+    """[t, L], causal from the lower right corner; None for a whole prompt. On a GPU it is made only where a
+    kernel needs it spelled out."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with q `[t, nq, d]` causally over k and v `[L, nk, d]`."""
@@ -329,6 +339,7 @@ class _ChunkPart:
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
             attn_mask=self.mask,
+            is_causal=self.mask is None,
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)

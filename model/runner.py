@@ -446,7 +446,7 @@ class ModelRunner:
                     self._rehearse()
                 self.start_report["rehearsal_seconds"] = time.monotonic() - started
             with _out_of_memory_names("dtype, gpu_memory_utilization", "the weights do not fit"):
-                load_weights(folder, self._model.checkpoint_views(), self._model.ignored_tensors, progress)
+                load_weights(folder, self._model.checkpoint_views(), self._model.tied_tensors, progress)
 
     @torch.inference_mode()
     def _rehearse(self) -> None:

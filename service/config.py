@@ -118,7 +118,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, Meta(description="let prompts start from the KV that earlier ones with the same beginning left")
     ] = True
     default_max_tokens: Annotated[
-        Count, Meta(description="tokens to generate when a request does not say")
+        Count,
+        Meta(
+            description="tokens to generate when a request does not say; fewer if the model's "
+            "generation_config sets a smaller max_new_tokens"
+        ),
     ] = 512
     block_size: Annotated[Count, Meta(description="tokens of one KV cache block")] = 16
     kv_tokens: Annotated[

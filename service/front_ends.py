@@ -15,19 +15,17 @@ import msgspec
 
 from fusewire.service.config import ServeConfig
 from fusewire.service.logs import LogLevel
-from fusewire.service.messages import EngineReady, Routing, SetLogLevel
+from fusewire.service.messages import EngineReady, Routing, SetLogLevel, TokenizerSource
 from fusewire.service.metrics import RequestMetrics
 from fusewire.service.rpc.front_end import ListenError, cannot_listen, try_to_bind
 from fusewire.service.rpc.serving import END_SECONDS, DrainResult, Serving
 from fusewire.service.supervisor import ChildSupervisor
-from fusewire.service.tokenizer import Tokenizer
 from fusewire.service.tracing import Tracer
 from fusewire.service.worker_messages import (
     Drain,
     Drained,
     FromWorker,
     Listening,
-    LoadTokenizer,
     Ready,
     Serve,
     Start,
@@ -103,11 +101,6 @@ class FrontEnds:
         if self._reservation is not None:
             self._reservation.close()
 
-    def load_tokenizer(self, folder: Path) -> None:
-        """Let every worker load the tokenizer of a model, those too that are started later."""
-        for worker in self._workers:
-            worker.load_tokenizer(folder)
-
     def set_log_level(self, level: LogLevel) -> None:
         """Let every worker log from this severity up, those too that are started later."""
         for worker in self._workers:
@@ -175,7 +168,6 @@ class _Worker(ChildSupervisor):
         self._start_message = start
         self._on_ready = on_ready
         self._on_unusable = on_failure
-        self._folder: Path | None = None
         self._call_ids = itertools.count(1)
         self._is_draining = False
         self._drains: dict[int, asyncio.Future[DrainResult]] = {}
@@ -184,8 +176,6 @@ class _Worker(ChildSupervisor):
     def first_line(self) -> bytes:
         """What this worker serves, and what else it has missed."""
         messages: list[ToWorker] = [self._start_message]
-        if self._folder is not None:
-            messages.append(LoadTokenizer(str(self._folder)))
         if self._is_draining:
             messages.append(Drain(0, 0.0))  # it has no requests, and shall take none
         return b"".join(map(encode_line, messages))
@@ -197,11 +187,6 @@ class _Worker(ChildSupervisor):
                 self._take_in(decode_from_worker(line))
             except msgspec.DecodeError:
                 log.error("%s says what cannot be read: %r", self.name, line)
-
-    def load_tokenizer(self, folder: Path) -> None:
-        """Let the worker load a tokenizer, now and whenever it is started again."""
-        self._folder = folder
-        self.tell(encode_line(LoadTokenizer(str(folder))))
 
     def set_log_level(self, level: LogLevel) -> None:
         """Let the worker log from this severity up, now and whenever it is started again."""
@@ -289,6 +274,7 @@ class SharedServing(Serving):
         services: Iterable[str],
         on_engine: Callable[[EngineReady | None], None],
         on_routing: Callable[[Routing], None],
+        on_failure: Callable[[str], None],
         metrics: RequestMetrics,
         front_ends: FrontEnds,
         on_log_level: Callable[[LogLevel], None] = lambda level: None,
@@ -301,15 +287,28 @@ class SharedServing(Serving):
             services,
             on_engine,
             on_routing,
+            on_failure,
             metrics,
             on_log_level=on_log_level,
             tracer=tracer,
         )
         self._front_ends = front_ends
+        self._are_workers_ready = False
 
-    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Take in the dashboard's tokenizer; whether the server can serve is for its workers to say."""
-        self._tokenizer = tokenizer
+    def take_source(self, source: TokenizerSource) -> None:
+        """Make the tokenizer if there is a dashboard, whose comparisons need one."""
+        if self.config.dashboard:
+            super().take_source(source)
+
+    def note_workers_ready(self) -> None:
+        """Take in that every front end has been ready."""
+        self._are_workers_ready = True
+        self.show_health()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be generated, which is for the front ends to say."""
+        return self.engine.ready is not None and self._are_workers_ready
 
     @property
     def silent_seconds(self) -> float:

@@ -163,13 +163,29 @@ ToEngine = (
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, array_like=True):
-    """The sampling knobs of the model's generation_config; None where it says nothing."""
+    """What the model's generation_config says of a request; None or empty where it says nothing."""
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are never chosen, whatever a request says."""
+
+
+class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
+    """What a tokenizer is made of, as transformers has read it where the model is loaded."""
+
+    json: str
+    """The tokenizer proper, in the format of the `tokenizers` library."""
+    chat_templates: dict[str, str] = {}
+    """Sources by name; the one called default renders a chat."""
+    named_tokens: dict[str, str] = {}
+    """The special tokens that a template may use by name, for instance `eos_token`."""
+    split_special_tokens: bool = False
+    """Whether special tokens spelled out in a prompt are ordinary text."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -229,6 +245,7 @@ class EngineReady(_Message, frozen=True):
     block_size: int
     max_running: int
     max_step_tokens: int
+    tokenizer: TokenizerSource
 
 
 class Scheduled(msgspec.Struct, frozen=True, array_like=True):

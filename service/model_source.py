@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 DEMO_NAME = "fusewire-demo"
 CONFIG_FILE = "config.json"
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
 """What is fetched from the hub: neither pickles nor code."""
 
 

@@ -1,8 +1,9 @@
 """The server: front end, metrics endpoint, engine process, and their common start and end.
 
-Listens first and loads behind that: the model's files, the tokenizer and the engine. A signal drains
-it; a model that cannot be served ends it. With several front ends, the public port is left to worker
-processes, and this one keeps all that there is once. Imports no torch: that is the engine process's.
+Listens first and loads behind that: the model's files, and the engine, which tells all else of the
+model. A signal drains it; a model that cannot be served ends it. With several front ends, the public
+port is left to worker processes, and this one keeps all that there is once. Imports no torch: that is
+the engine process's.
 """
 
 import asyncio
@@ -36,7 +37,6 @@ from fusewire.service.rpc.front_end import (
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.shared_metrics import Scrape
 from fusewire.service.supervisor import EngineSupervisor, fail_at_end
-from fusewire.service.tokenizer import Tokenizer, TokenizerError
 from fusewire.service.tracing import Tracer, TracingError, open_tracer
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ class Server:
             SERVICE_NAMES,
             on_engine=self._follow_engine,
             on_routing=self._remember_routing,
+            on_failure=self._fail,
             metrics=self._metrics,
             on_log_level=self._spread_log_level,
             tracer=self._tracer,
@@ -198,19 +199,20 @@ class Server:
             self._config,
             self._socket_path,
             folder,
-            on_ready=lambda: self.serving.note_loaded(),
+            on_ready=lambda: serving.note_workers_ready(),
             on_failure=self._fail,
         )
         self._metrics = Metrics(public_name(self._config), self._front_ends.oldest_waiting)
         self._registry = CollectorRegistry()
         self._registry.register(Scrape(self._metrics.registry, folder))
-        self.serving = SharedServing(
+        self.serving = serving = SharedServing(
             self._config,
             public_name(self._config),
             self._socket_path,
             SERVICE_NAMES,
             on_engine=self._follow_engine,
             on_routing=self._remember_routing,
+            on_failure=self._fail,
             metrics=self._metrics,
             front_ends=self._front_ends,
             on_log_level=self._spread_log_level,
@@ -237,7 +239,7 @@ class Server:
     # ---- loading ----
 
     async def _load(self) -> None:
-        """Find the model's files, then load tokenizer and engine side by side."""
+        """Find the model's files, then start the engine on them."""
         try:
             folder = await find_folder(self._config.model)
             engine = msgspec.structs.replace(
@@ -245,11 +247,7 @@ class Server:
             )
             self._supervisor = EngineSupervisor(engine, self._socket_path, self._count_exit, self._fail)
             await self._supervisor.start()
-            if self._front_ends is None or self._dashboard is not None:  # whose comparisons run here
-                self.serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
-            if self._front_ends is not None:
-                self._front_ends.load_tokenizer(folder)
-        except (ModelError, TokenizerError) as error:
+        except ModelError as error:
             self._fail(str(error))
         except Exception:
             log.exception("loading failed")

@@ -1,35 +1,30 @@
-"""Text and chat turns to token ids, and ids back to text, from the files of a Hugging Face folder.
+"""Text and chat turns to token ids, and ids back to text.
 
-Serves byte-level BPE (Qwen3, GLM-4, the demo model), where every token stands for exact bytes.
-Loads neither torch nor transformers. How a conversation becomes text is `fusewire.service.chat_template`,
-and streams of tokens are `fusewire.service.detokenizer`.
+Serves byte-level BPE (Qwen3, GLM-4, the demo model), where every token stands for exact bytes. Made of
+what the engine tells, which has read the model's files; loads neither torch nor transformers. How a
+conversation becomes text is `fusewire.service.chat_template`, and streams of tokens are
+`fusewire.service.detokenizer`.
 
 Special tokens that are spelled out in a prompt are parsed as such, in plain text and in chat turns
-alike, as transformers and its peers do by default: whoever may send a prompt controls the whole of
-it, system turn included. An application that puts strangers' text into its prompts must filter it.
+alike, as transformers and its peers do, unless the tokenizer is made to split them: whoever may send a
+prompt controls the whole of it, system turn included. An application that puts strangers' text into its
+prompts must filter it.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from fusewire.service.chat_template import (
-    NAMED_SPECIAL_TOKENS,
-    NO_OPTIONS,
-    ChatOptions,
-    ChatTemplate,
-    UnusableChatTemplate,
-)
+from fusewire.service.chat_template import NO_OPTIONS, ChatOptions, ChatTemplate, UnusableChatTemplate
+from fusewire.service.messages import TokenizerSource
 
 log = logging.getLogger(__name__)
 
 
 class TokenizerError(ValueError):
-    """A folder holds no tokenizer that can be served; the message is for the operator."""
+    """There is no tokenizer that can be served; the message is for the operator."""
 
 
 class Tokenizer:
@@ -40,27 +35,27 @@ class Tokenizer:
         chat_template: the template's source; None if the model is not made for chat. One that cannot be
             compiled is logged, and then only chat turns are refused.
         named_tokens: the special tokens that a template may use by name, for instance `eos_token`.
+        tool_template: the template of conversations with tools, where that is another one.
 
     Raises:
         TokenizerError: if the backend is of another kind.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, chat_template: str | None, named_tokens: Mapping[str, str]
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: str | None,
+        named_tokens: Mapping[str, str],
+        tool_template: str | None = None,
     ) -> None:
-        _require_byte_level(backend)
+        require_byte_level(backend)
         backend.no_truncation()
         backend.no_padding()
-        backend.add_special_tokens([t for t in named_tokens.values() if backend.token_to_id(t) is not None])
         self._backend = backend
-        self._template: ChatTemplate | None = None
-        self._why_no_template = "the model has no chat template; send plain text instead"
-        if chat_template is not None:
-            try:
-                self._template = ChatTemplate(chat_template, named_tokens)
-            except UnusableChatTemplate as error:
-                self._why_no_template = str(error)
-                log.warning("%s; chat prompts are refused", error)
+        self._template = _compile(chat_template, named_tokens)
+        self._tool_template = (
+            self._template if tool_template is None else _compile(tool_template, named_tokens)
+        )
         self._token_bytes = _bytes_by_id(backend)
         self._whole_texts = [_whole_text(token) for token in self._token_bytes]
         self.longest_token = max(map(len, self._token_bytes), default=0)
@@ -70,18 +65,19 @@ class Tokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Load `tokenizer.json`, `tokenizer_config.json` and, where there is one, `chat_template.jinja`.
+    def build(cls, source: TokenizerSource) -> "Tokenizer":
+        """Build a tokenizer from what the engine tells of it; slow for a large vocabulary.
 
         Raises:
-            TokenizerError: if a file is missing or cannot be used; it names the folder.
+            TokenizerError: if it cannot be served.
         """
         try:
-            config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-            backend = _parse((folder / "tokenizer.json").read_text("utf-8"))
-            return cls(backend, _chat_template(folder, config), _named_tokens(config))
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"tokenizer in {folder}: {error}") from error
+            backend = tokenizers.Tokenizer.from_str(source.json)
+        except Exception as error:  # the bindings have no narrower class
+            raise TokenizerError(f"tokenizer: {error}") from error
+        backend.encode_special_tokens = source.split_special_tokens  # which the JSON does not hold
+        templates = source.chat_templates
+        return cls(backend, templates.get("default"), source.named_tokens, templates.get("tool_use"))
 
     @property
     def vocab_size(self) -> int:
@@ -91,7 +87,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `render_chat` works."""
-        return self._template is not None
+        return isinstance(self._template, ChatTemplate)
 
     def encode(self, text: str) -> list[int]:
         """Tokenize plain text, with the special tokens that the tokenizer itself puts around a prompt."""
@@ -118,9 +114,10 @@ class Tokenizer:
             UnusableChatTemplate: if the model has no template, or one that cannot be compiled.
             ChatTemplateError: if this conversation cannot be rendered.
         """
-        if self._template is None:
-            raise UnusableChatTemplate(self._why_no_template)
-        return self._template.render(messages, options)
+        template = self._tool_template if options.tools else self._template
+        if isinstance(template, UnusableChatTemplate):
+            raise UnusableChatTemplate(str(template))
+        return template.render(messages, options)
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Turn tokens into text; bytes that are no UTF-8 become U+FFFD.
@@ -140,14 +137,19 @@ class Tokenizer:
         return self._whole_texts[token_id] if 0 <= token_id < len(self._whole_texts) else ""
 
 
-def _parse(source: str) -> tokenizers.Tokenizer:
+def _compile(source: str | None, named_tokens: Mapping[str, str]) -> ChatTemplate | UnusableChatTemplate:
+    """Compile a chat template, or say why chat turns are refused."""
+    if source is None:
+        return UnusableChatTemplate("the model has no chat template; send plain text instead")
     try:
-        return tokenizers.Tokenizer.from_str(source)
-    except Exception as error:  # the bindings have no narrower class
-        raise TokenizerError(f"tokenizer.json: {error}") from error
+        return ChatTemplate(source, named_tokens)
+    except UnusableChatTemplate as error:
+        log.warning("%s; chat prompts are refused", error)
+        return error
 
 
-def _require_byte_level(backend: tokenizers.Tokenizer) -> None:
+def require_byte_level(backend: tokenizers.Tokenizer) -> None:
+    """Raise TokenizerError for a tokenizer whose tokens do not stand for exact bytes."""
     model, decoder = backend.model, backend.decoder
     if not isinstance(model, tokenizers.models.BPE) or not isinstance(decoder, tokenizers.decoders.ByteLevel):
         raise TokenizerError(
@@ -188,21 +190,3 @@ def _byte_alphabet() -> dict[str, int]:
     others = sorted(set(range(0x100)) - set(printable))
     characters = [*printable, *range(0x100, 0x100 + len(others))]
     return {chr(character): byte for character, byte in zip(characters, printable + others, strict=True)}
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Find the template: a file of its own wins; of several named ones the one called default is taken."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text("utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    named = {name: config.get(name) for name in NAMED_SPECIAL_TOKENS}
-    return {
-        name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token
-    }

@@ -152,7 +152,7 @@ class Guard:
     checks: dict[str, Counted]
     """By result: passed, failed."""
     max_relative_error: dict[str, float]
-    """By phase, the largest since the server started; may be NaN."""
+    """By phase, the largest since the server started; infinite if a path gave no number."""
 
     @classmethod
     def of(cls, growth: Growth, now: Snapshot) -> Self:

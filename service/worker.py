@@ -21,14 +21,12 @@ from fusewire.service.model_source import public_name
 from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.supervisor import EXIT_UNUSABLE
-from fusewire.service.tokenizer import Tokenizer, TokenizerError
 from fusewire.service.tracing import open_tracer
 from fusewire.service.worker_messages import (
     Drain,
     Drained,
     FromWorker,
     Listening,
-    LoadTokenizer,
     Ready,
     Serve,
     Start,
@@ -72,7 +70,15 @@ class WorkerServing(Serving):
         self._may_serve = False
         tracer = open_tracer(config.otlp_endpoint) if config.otlp_endpoint else None
         metrics = RequestMetrics(model_name)
-        super().__init__(config, model_name, socket_path, SERVICE_NAMES, metrics=metrics, tracer=tracer)
+        super().__init__(
+            config,
+            model_name,
+            socket_path,
+            SERVICE_NAMES,
+            on_failure=lambda reason: say(Unusable(reason)),
+            metrics=metrics,
+            tracer=tracer,
+        )
 
     def join_peers(self) -> None:
         """Take in that all front ends are ready."""
@@ -117,8 +123,6 @@ class Worker:
         self._start(self._tell_status())
         while line := await lines.readline():
             match decode_to_worker(line):
-                case LoadTokenizer(folder=folder):
-                    self._start(self._load(Path(folder)))
                 case Serve():
                     self._serving.join_peers()
                 case SetLogLevel(level=level):
@@ -138,12 +142,6 @@ class Worker:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _load(self, folder: Path) -> None:
-        try:
-            self._serving.set_tokenizer(await asyncio.to_thread(Tokenizer.load, folder))
-        except TokenizerError as error:
-            self._say(Unusable(str(error)))
 
     async def _drain(self, drain: Drain) -> None:
         result = await self._serving.drain(drain.seconds)

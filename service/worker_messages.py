@@ -26,12 +26,6 @@ class Start(_Message, frozen=True):
     """Where the engine listens."""
 
 
-class LoadTokenizer(_Message, frozen=True):
-    """The model's files are here."""
-
-    folder: str
-
-
 class Serve(_Message, frozen=True):
     """Every front end is ready, so health may say SERVING; until this one is not ready again."""
 
@@ -43,7 +37,7 @@ class Drain(_Message, frozen=True):
     seconds: float
 
 
-ToWorker = Start | LoadTokenizer | Serve | Drain | SetLogLevel
+ToWorker = Start | Serve | Drain | SetLogLevel
 
 
 # ---- from a worker ----

@@ -20,6 +20,9 @@ from fusewire.model.hidden_state_capture import HiddenStateCapture
 from fusewire.model.kv_cache import KVCache, LayerCache
 from fusewire.model.layers import GatedMLP, Linear, QKNorm, RMSNorm, empty_parameter
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The checkpoint's names of what may be one tensor."""
+
 
 class DecoderLayer(nn.Module):
     """Causal grouped-query attention over the paged cache, and an MLP; each adds to the stream in place."""
@@ -158,15 +161,15 @@ class Qwen3(nn.Module):
         return first.qk_norm
 
     @property
-    def ignored_tensors(self) -> tuple[str, ...]:
-        """Names that a checkpoint may hold and that are not read: the head where it is tied."""
-        return ("lm_head.weight",) if self.config.tie_word_embeddings else ()
+    def tied_tensors(self) -> dict[str, str]:
+        """Names of tensors without a view, and the one that each is equal to or is stored instead of."""
+        return {HEAD: EMBEDDING} if self.config.tie_word_embeddings else {}
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """Map each of the checkpoint's tensor names to the place it fills, packed or not."""
-        views = {"model.embed_tokens.weight": self.embedding.data, "model.norm.weight": self.norm.weight.data}
+        views = {EMBEDDING: self.embedding.data, "model.norm.weight": self.norm.weight.data}
         if not self.config.tie_word_embeddings:
-            views["lm_head.weight"] = self.head.data
+            views[HEAD] = self.head.data
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             prefix = f"model.layers.{number}."

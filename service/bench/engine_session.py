@@ -107,7 +107,7 @@ class Session:
         leave_a_core_to_the_front_end()
         self._config = config
         self._name = name
-        self._engine, self._inbox = build(config)
+        self._engine, self._inbox = build(config, with_tokenizer=False)
         calm_garbage_collector()
         self._front_end = FrontEnd()
         self._requests = 0

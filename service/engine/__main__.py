@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -25,7 +26,7 @@ from fusewire.service.config import EngineConfig
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
 from fusewire.service.engine.engine import Engine
-from fusewire.service.engine.progress import show_progress
+from fusewire.service.engine.progress import Report, show_progress
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine.step_time import StepTimes
 from fusewire.service.engine.watch import StepWatch
@@ -37,6 +38,7 @@ from fusewire.service.messages import (
     ModelInfo,
     Routing,
     SetLogLevel,
+    TokenizerSource,
 )
 from fusewire.service.supervisor import EXIT_UNUSABLE
 
@@ -55,6 +57,7 @@ def main() -> int:
     lines = read_lines(sys.stdin.fileno())
     config = msgspec.json.decode(next(lines), type=EngineConfig)
     set_up("engine", config.log_level, config.log_format, ENGINE_TEXT)
+    logging.captureWarnings(True)  # libraries' own, which would not be lines of this log
     leave_a_core_to_the_front_end()
     try:
         engine, inbox = build(config)
@@ -70,14 +73,24 @@ def main() -> int:
     return 0
 
 
-def build(config: EngineConfig) -> tuple[Engine, Inbox]:
-    """Load and warm up the model and put the engine around it."""
+def build(config: EngineConfig, *, with_tokenizer: bool = True) -> tuple[Engine, Inbox]:
+    """Load and warm up the model and put the engine around it; without a tokenizer, for no front end.
+
+    Raises:
+        ValueError: if the model, its tokenizer or an option cannot be used.
+    """
+    from fusewire.service.engine.tokenizer_source import read_tokenizer, require_files  # transformers
+
     names = RunnerOptions.__dataclass_fields__
     options = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if name in names}
-    with show_progress() as progress:
+    folder = Path(config.model_path)
+    if with_tokenizer:
+        require_files(folder)
+    with ThreadPoolExecutor(1, "tokenizer") as beside, show_progress() as progress:
+        tokenizer = beside.submit(read_tokenizer if with_tokenizer else read_none, folder)
         runner = ModelRunner(
-            RunnerOptions(path=Path(config.model_path), shadow=config.shadow_every > 0, **options),
-            progress=progress,
+            RunnerOptions(path=folder, shadow=config.shadow_every > 0, **options),
+            progress=unless_failed(tokenizer, progress),
         )
     runner.warm_up(config.kernel_modes)
     pool = BlockPool(runner.num_blocks, runner.block_size)
@@ -92,11 +105,27 @@ def build(config: EngineConfig) -> tuple[Engine, Inbox]:
     inbox: Inbox = SimpleQueue()
     threshold = config.shadow_threshold or default_threshold(runner.dtype_name)
     watch = StepWatch(runner, config.shadow_every, config.qk_timing_every, threshold)
-    ready = describe(runner, config, GuardState(config.shadow_every, threshold))
+    ready = describe(runner, config, GuardState(config.shadow_every, threshold), tokenizer.result())
     log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
     log.info("start: %s", ", ".join(f"{name}={value:.4g}" for name, value in runner.start_report.items()))
     overlap = runner.device_name != "cpu"  # there a launch returns with the work done
     return Engine(runner, scheduler, ready, inbox, overlap, watch, examiner=runner, timer=runner), inbox
+
+
+def read_none(folder: Path) -> TokenizerSource:
+    """Tell of no tokenizer."""
+    return TokenizerSource(json="")
+
+
+def unless_failed(tokenizer: "Future[TokenizerSource]", report: Report) -> Report:
+    """Pass progress on, and end the loading by what makes its tokenizer unusable."""
+
+    def report_unless_failed(done: int, total: int) -> None:
+        if tokenizer.done():
+            tokenizer.result()
+        report(done, total)
+
+    return report_unless_failed
 
 
 def calm_garbage_collector() -> None:
@@ -112,7 +141,9 @@ def leave_a_core_to_the_front_end() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-def describe(runner: ModelRunner, config: EngineConfig, guard: GuardState) -> EngineReady:
+def describe(
+    runner: ModelRunner, config: EngineConfig, guard: GuardState, tokenizer: TokenizerSource
+) -> EngineReady:
     """Say what a front end must know of the model and the engine."""
     model = runner.config
     routing = config.routing or Routing(config.kernel_mode, generation=1, guard=guard)
@@ -138,6 +169,7 @@ def describe(runner: ModelRunner, config: EngineConfig, guard: GuardState) -> En
         block_size=runner.block_size,
         max_running=runner.max_running,
         max_step_tokens=runner.max_step_tokens,
+        tokenizer=tokenizer,
     )
 
 

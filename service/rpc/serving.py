@@ -19,11 +19,12 @@ import grpc
 from fusewire.service.config import ServeConfig
 from fusewire.service.engine_client import EngineClient
 from fusewire.service.logs import LogLevel, set_level
-from fusewire.service.messages import EngineReady, Routing, StepReport
+from fusewire.service.messages import EngineReady, Routing, StepReport, TokenizerSource
 from fusewire.service.metrics import Metrics, RequestMetrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, quote, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
-from fusewire.service.tokenizer import Tokenizer
+from fusewire.service.supervisor import fail_at_end
+from fusewire.service.tokenizer import Tokenizer, TokenizerError
 from fusewire.service.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Serving:
         services: the names that the health service answers for.
         on_engine: called with the engine's description when it becomes usable and None when it goes.
         on_routing: called with what holds whenever another default path does.
+        on_failure: called with a reason if the engine's tokenizer cannot be served.
         metrics: where to count; unset for a server of one process, which makes all metrics.
         on_log_level: called with the level when another one is asked for, to tell other processes.
         tracer: makes spans; None for no tracing.
@@ -81,6 +83,7 @@ class Serving:
         services: Iterable[str],
         on_engine: Callable[[EngineReady | None], None] = lambda ready: None,
         on_routing: Callable[[Routing], None] = lambda routing: None,
+        on_failure: Callable[[str], None] = lambda reason: None,
         metrics: RequestMetrics | None = None,
         on_log_level: Callable[[LogLevel], None] = lambda level: None,
         tracer: Tracer | None = None,
@@ -98,8 +101,11 @@ class Serving:
         self._on_engine = on_engine
         self._tokenizer: Tokenizer | None = None
         self._vocab_size: int | None = None
-        self._is_loaded = False
+        self._tokenizer_source: TokenizerSource | None = None
+        """What it was made of, or will be."""
+        self._making: asyncio.Task[None] | None = None
         self._on_routing = on_routing
+        self._on_failure = on_failure
         self._on_log_level = on_log_level
         self._waiting: dict[str, LiveRequest] = {}
         self._running: dict[str, LiveRequest] = {}
@@ -120,7 +126,7 @@ class Serving:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises UNAVAILABLE while it loads."""
+        """The tokenizer; raises UNAVAILABLE until it is there."""
         if self._tokenizer is None:
             raise unavailable("the tokenizer is loading")
         return self._tokenizer
@@ -130,15 +136,27 @@ class Serving:
         """Token ids are below this: the model's, also while the engine restarts, else the tokenizer's."""
         return self.tokenizer.vocab_size if self._vocab_size is None else self._vocab_size
 
-    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Take in the tokenizer, once it is loaded."""
-        self._tokenizer = tokenizer
-        self.note_loaded()
-
-    def note_loaded(self) -> None:
-        """Take in that what is needed beside the engine is there."""
-        self._is_loaded = True
+    def set_tokenizer(self, tokenizer: Tokenizer, source: TokenizerSource) -> None:
+        """Take in a tokenizer that was made."""
+        self._tokenizer, self._tokenizer_source = tokenizer, source
         self.show_health()
+
+    def take_source(self, source: TokenizerSource) -> None:
+        """Make the engine's tokenizer, off the event loop, unless it is the one that is there."""
+        if source == self._tokenizer_source:
+            return
+        self._tokenizer, self._tokenizer_source = None, source
+        self._making = asyncio.create_task(self._make_tokenizer(source), name="tokenizer")
+        fail_at_end(self._making, "the tokenizer cannot be made", self._on_failure)
+
+    async def _make_tokenizer(self, source: TokenizerSource) -> None:
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer.build, source)
+        except TokenizerError as error:
+            self._on_failure(str(error))
+            return
+        if source is self._tokenizer_source:  # no other engine has come meanwhile
+            self.set_tokenizer(tokenizer, source)
 
     def require_model(self, name: str) -> None:
         """Raise INVALID_ARGUMENT unless a request's `model` is empty or the one served."""
@@ -148,7 +166,7 @@ class Serving:
     @property
     def is_ready(self) -> bool:
         """Whether requests can be generated."""
-        return self.engine.ready is not None and self._is_loaded
+        return self.engine.ready is not None and self._tokenizer is not None
 
     def show_health(self) -> None:
         """Let the health service say what holds now."""
@@ -271,6 +289,8 @@ class Serving:
         self.load = Load()
         self._heard = time.monotonic()
         self.metrics.observe_engine(ready)
+        if ready is not None:
+            self.take_source(ready.tokenizer)
         self.show_health()
         self._on_engine(ready)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model.sampling_params import SamplingParams
+from fusewire.model.sampling_params import LIMITS, SamplingParams
 from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
 from fusewire.service.rpc import chat_prompt
 from fusewire.service.rpc.call import Call
@@ -148,16 +148,9 @@ def kernel_mode(wire: int, field: str, ready: EngineReady) -> KernelMode | None:
 
 
 def _check_sampling(sampling: pb.SamplingParams, vocab_size: int) -> None:
-    for name, low, high in (
-        ("temperature", 0, 100),
-        ("min_p", 0, 1),
-        ("presence_penalty", -2, 2),
-        ("frequency_penalty", -2, 2),
-    ):
-        _within(f"sampling.{name}", getattr(sampling, name), low, high)
-    for name, high in (("top_p", 1), ("repetition_penalty", 10)):
-        if sampling.HasField(name):
-            _above_zero(f"sampling.{name}", getattr(sampling, name), high)
+    for field, value in sampling.ListFields():
+        if field.name in LIMITS and (problem := LIMITS[field.name].problem(value)):
+            raise invalid_argument(f"sampling.{field.name}", problem)
     _at_most("sampling.logit_bias", len(sampling.logit_bias), MAX_BIASES, "entries")
     for token_id, bias in sampling.logit_bias.items():
         if token_id >= vocab_size:
@@ -176,7 +169,7 @@ def _check_stopping(stopping: pb.StoppingCriteria, vocab_size: int) -> None:
     _at_most("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_IDS, "ids")
     check_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocab_size)
     if stopping.HasField("time_limit_seconds"):
-        _above_zero("stopping.time_limit_seconds", stopping.time_limit_seconds, math.inf)
+        _above_zero("stopping.time_limit_seconds", stopping.time_limit_seconds)
 
 
 def check_comparison(request: pb.CompareRequest, ready: EngineReady) -> None:
@@ -291,6 +284,7 @@ def _max_tokens(
     """The most tokens to generate, and what reaching that number means."""
     room = _room(request, prompt_tokens, ready)
     if not request.stopping.HasField("max_tokens"):
+        default = min(default, ready.model.defaults.max_new_tokens or default)
         return (room, "context") if room < default else (default, "length")
     if request.stopping.max_tokens > room:
         raise invalid_argument(
@@ -333,7 +327,7 @@ def _sampling(request: pb.GenerateRequest, model: ModelInfo) -> SamplingParams:
         repetition_penalty=knob("repetition_penalty", 1.0),
         presence_penalty=given.presence_penalty,
         frequency_penalty=given.frequency_penalty,
-        logit_bias=dict(given.logit_bias),
+        logit_bias={**given.logit_bias, **dict.fromkeys(defaults.suppress_tokens, -math.inf)},
         logprobs=request.response.logprobs,
     )
 
@@ -355,10 +349,9 @@ def _within(field: str, value: float, low: float, high: float, unit: str = "") -
         raise invalid_argument(field, f"must be {low:g} to {high:g}{unit}, got {got}")
 
 
-def _above_zero(field: str, value: float, high: float) -> None:
-    if not 0 < value <= high or math.isinf(value):
-        limit = "finite" if math.isinf(high) else f"at most {high:g}"
-        raise invalid_argument(field, f"must be above 0 and {limit}, got {value:g}")
+def _above_zero(field: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise invalid_argument(field, f"must be above 0 and finite, got {value:g}")
 
 
 def _at_most(field: str, count: int, most: int, unit: str) -> None:

@@ -27,6 +27,7 @@ from fusewire.service.messages import (
     GenerationDefaults,
     ModelInfo,
     Routing,
+    TokenizerSource,
     encode,
 )
 
@@ -99,7 +100,16 @@ def start(rows: int) -> tuple[Engine, FrontEnd]:
     model = ModelInfo("Idle", PROMPT + max_tokens, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaults())
     modes = {KernelMode.FUSED: "idle"}
     ready = EngineReady(
-        model, "none", "none", modes, Routing(KernelMode.FUSED, 1), pool.num_blocks, BLOCK_SIZE, rows, rows
+        model,
+        "none",
+        "none",
+        modes,
+        Routing(KernelMode.FUSED, 1),
+        pool.num_blocks,
+        BLOCK_SIZE,
+        rows,
+        rows,
+        TokenizerSource(""),
     )
     inbox: Inbox = SimpleQueue()
     front_end = FrontEnd()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -230,6 +231,14 @@ def test_repetition_penalty_equals_that_of_transformers() -> None:
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen]), logits.clone())
     actual = adjusted(logits, [Asked(SamplingParams(repetition_penalty=1.3), seen[:2], seen[2:])])
     torch.testing.assert_close(actual, expected)
+
+
+def test_a_bias_of_minus_infinity_bans_as_transformers_does() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2))
+    banned = [int(logits.argmax()), 7]
+    expected = SuppressTokensLogitsProcessor(banned)(torch.tensor([[0]]), logits.clone())
+    asked = Asked(SamplingParams(logit_bias=dict.fromkeys(banned, -math.inf)))
+    assert ids_of(sample(logits, [asked])) == [int(expected.argmax())]
 
 
 def test_bias_bans_and_penalties_move_a_greedy_choice() -> None:

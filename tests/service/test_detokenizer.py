@@ -3,8 +3,6 @@
 import codecs
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -13,15 +11,11 @@ from hypothesis import strategies as st
 
 from fusewire.service.detokenizer import Detokenizer
 from fusewire.service.tokenizer import Tokenizer
+from tests.tools.demo_tokenizer import demo_tokenizer as demo
 
 SPECIAL = 256
 PADDING = 300
 WORDS = ["the", "whale", "Whale", "sea", "—", "été", "漢字", "👩‍👩‍👧‍👦", "\n\n", "###"]
-
-
-@cache
-def demo() -> Tokenizer:
-    return Tokenizer.load(Path(str(files("fusewire.model.demo"))))
 
 
 @cache

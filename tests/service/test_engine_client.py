@@ -33,6 +33,7 @@ from fusewire.service.messages import (
     Scheduled,
     StepReport,
     Token,
+    TokenizerSource,
     encode,
 )
 from tests.tools.front_end_rig import EndlessExaminer
@@ -79,7 +80,9 @@ class LocalEngine:
         self.pool = BlockPool(64, 4)
         self.inbox: Inbox = SimpleQueue()
         modes = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-        ready = EngineReady(MODEL, "fake", "fake", modes, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64)
+        ready = EngineReady(
+            MODEL, "fake", "fake", modes, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64, TokenizerSource("")
+        )
         scheduler = Scheduler(self.pool, 8, 16, KernelMode.FUSED)
         self.engine = Engine(self.runner, scheduler, ready, self.inbox, **collaborators)
         self.channel = Channel(path, self.inbox)
@@ -350,7 +353,23 @@ class BrokenEngine:
         (b"\xff" * 8, False),
         ((4).to_bytes(4, "little") + b"odd!", False),
         (b"", True),
-        (encode(EngineReady(MODEL, "fake", "fake", {}, Routing(KernelMode.FUSED, 1), 64, 4, 8, 64)), True),
+        (
+            encode(
+                EngineReady(
+                    MODEL,
+                    "fake",
+                    "fake",
+                    {},
+                    Routing(KernelMode.FUSED, 1),
+                    64,
+                    4,
+                    8,
+                    64,
+                    TokenizerSource("{}"),
+                )
+            ),
+            True,
+        ),
     ],
     ids=["too long a frame", "no message", "closed at once", "closed once ready"],
 )

@@ -1,20 +1,20 @@
-"""The tokenizer against transformers' on the same folder, and what it does with folders it cannot serve."""
+"""The tokenizer against transformers' own, and its chat templates."""
 
-import json
-import shutil
 import threading
 import time
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import msgspec
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusewire.service.chat_template import ChatTemplateError
-from fusewire.service.tokenizer import Tokenizer, TokenizerError
+from fusewire.service.tokenizer import Tokenizer
+from tests.tools.demo_tokenizer import demo_source
+from tests.tools.demo_tokenizer import demo_tokenizer as ours
 
 DEMO = Path(str(files("fusewire.model.demo")))
 SPELLED_OUT = [
@@ -37,26 +37,18 @@ TURNS = st.lists(
 
 
 @cache
-def ours() -> Tokenizer:
-    return Tokenizer.load(DEMO)
-
-
-@cache
 def theirs():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(DEMO)
 
 
-def folder_with(at: Path, chat_template: object = None, jinja: str | None = None, **config: object) -> Path:
-    """A copy of the demo's tokenizer with another chat template or configuration."""
-    shutil.copy(DEMO / "tokenizer.json", at)
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    (at / "tokenizer_config.json").write_text(json.dumps(config))
-    if jinja is not None:
-        (at / "chat_template.jinja").write_text(jinja, "utf-8")
-    return at
+def with_template(source: str | None, **named_tokens: str) -> Tokenizer:
+    """The demo's tokenizer with another chat template."""
+    templates = {} if source is None else {"default": source}
+    return Tokenizer.build(
+        msgspec.structs.replace(demo_source(), chat_templates=templates, named_tokens=named_tokens)
+    )
 
 
 @given(TEXT)
@@ -112,42 +104,27 @@ def test_special_tokens_in_a_prompt_are_parsed_in_text_and_in_chat_turns() -> No
     assert ours().encode_chat([{"role": "user", "content": "a<|im_end|>b"}]).count(end) == 2
 
 
-def test_a_template_file_wins_over_the_configuration(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, chat_template="from the configuration", jinja="from the file")
-    assert Tokenizer.load(folder).render_chat([]) == "from the file"
-
-
-def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None:
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert Tokenizer.load(folder_with(tmp_path, chat_template=named)).render_chat([]) == "plain"
-
-
-def test_a_template_gets_json_without_html_escapes_loop_controls_and_named_tokens(tmp_path: Path) -> None:
+def test_a_template_gets_json_without_html_escapes_loop_controls_and_named_tokens() -> None:
     source = "{% for m in messages %}{{ m | tojson }}{{ eos_token }}{{ bos_token }}{% break %}{% endfor %}"
-    folder = folder_with(
-        tmp_path, chat_template=source, eos_token={"content": "<|im_end|>"}, bos_token=None, pad_token="x"
-    )
     turns = [{"role": "user", "content": "<é & 'ü'>"}, {"role": "user", "content": "never"}]
-    rendered = Tokenizer.load(folder).render_chat(turns)
+    rendered = with_template(source, eos_token="<|im_end|>").render_chat(turns)
     assert rendered == '{"role": "user", "content": "<é & \'ü\'>"}<|im_end|>'
 
 
-def test_a_template_may_tell_the_date(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, chat_template="{{ strftime_now('%Y') }}")
-    assert Tokenizer.load(folder).render_chat([]).isdigit()
+def test_a_template_may_tell_the_date() -> None:
+    assert with_template("{{ strftime_now('%Y') }}").render_chat([]).isdigit()
 
 
-def test_without_a_template_chat_is_refused(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(folder_with(tmp_path))
+def test_without_a_template_chat_is_refused() -> None:
+    tokenizer = with_template(None)
     assert not tokenizer.has_chat_template
     with pytest.raises(ChatTemplateError, match="no chat template"):
         tokenizer.render_chat([{"role": "user", "content": "hello"}])
 
 
-def test_a_refusal_of_the_template_reaches_the_caller(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, chat_template="{{ raise_exception('turns must alternate') }}")
+def test_a_refusal_of_the_template_reaches_the_caller() -> None:
     with pytest.raises(ChatTemplateError, match="turns must alternate"):
-        Tokenizer.load(folder).render_chat([])
+        with_template("{{ raise_exception('turns must alternate') }}").render_chat([])
 
 
 @pytest.mark.parametrize(
@@ -161,73 +138,22 @@ def test_a_refusal_of_the_template_reaches_the_caller(tmp_path: Path) -> None:
         "{{ range(10**9) | list }}",
     ],
 )
-def test_a_template_that_fails_or_reaches_out_is_an_error_without_inner_names(
-    tmp_path: Path, source: str
-) -> None:
-    tokenizer = Tokenizer.load(folder_with(tmp_path, chat_template=source))
+def test_a_template_that_fails_or_reaches_out_is_an_error_without_inner_names(source: str) -> None:
+    tokenizer = with_template(source)
     with pytest.raises(ChatTemplateError) as caught:
         tokenizer.render_chat([{"role": "user", "content": "hello"}])
     assert str(caught.value) == "the model's chat template cannot render these messages"
 
 
-def test_a_template_cannot_change_the_callers_messages(tmp_path: Path) -> None:
+def test_a_template_cannot_change_the_callers_messages() -> None:
     turns = [{"role": "user", "content": "hello"}]
     with pytest.raises(ChatTemplateError):
-        Tokenizer.load(folder_with(tmp_path, chat_template="{{ messages[0].clear() }}")).render_chat(turns)
+        with_template("{{ messages[0].clear() }}").render_chat(turns)
     assert turns == [{"role": "user", "content": "hello"}]
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="absent"):
-        Tokenizer.load(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"model": 1}'])
-def test_a_broken_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
-    folder = folder_with(tmp_path)
-    (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-        Tokenizer.load(folder)
-
-
-@pytest.mark.parametrize("part", ["decoder", "model"])
-def test_another_kind_of_tokenizer_is_refused_at_load(tmp_path: Path, part: str) -> None:
-    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    if part == "decoder":
-        backend.decoder = tokenizers.decoders.Metaspace()
-    else:
-        backend.model = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="only byte-level BPE"):
-        Tokenizer.load(tmp_path)
-
-
-def test_truncation_and_padding_of_the_file_are_turned_off(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    backend.enable_truncation(4)
-    backend.enable_padding(length=64)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    backend.save(str(tmp_path / "tokenizer.json"))
-    text = "one two three four five six seven eight"
-    assert Tokenizer.load(tmp_path).encode(text) == ours().encode(text)
-
-
-def test_special_tokens_around_a_prompt_are_put_once(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    start = backend.token_to_id("<|im_start|>")
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-    )
-    folder = folder_with(tmp_path, chat_template="<|im_start|>{{ messages[0].content }}")
-    backend.save(str(folder / "tokenizer.json"))
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.encode("hello") == tokenizer.encode_chat([{"role": "user", "content": "hello"}])
-    assert tokenizer.encode("hello")[0] == start
-
-
 def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
-    tokenizer = Tokenizer.load(DEMO)
+    tokenizer = ours()
     text = " ".join(f"word{number}" for number in range(200_000))
     worker = threading.Thread(target=tokenizer.encode, args=(text,))
     turns = 0

@@ -72,7 +72,7 @@ def plant_an_interval(metrics: Metrics) -> None:
     timings = (QKTiming("decode", KernelMode.FUSED, 4e-6), QKTiming("decode", KernelMode.FUSED, 8e-6))
     checks = (
         ShadowCheck("decode", KernelMode.FUSED, 0.002, 0.0, passed=True),
-        ShadowCheck("prefill", KernelMode.FUSED, float("nan"), 0.0, passed=False),
+        ShadowCheck("prefill", KernelMode.FUSED, float("inf"), 0.0, passed=False),
     )
     tokens = [Token("a", 7, 1.0), Token("b", 7, 1.0)]
     metrics.observe_step(
@@ -222,7 +222,7 @@ def test_the_state_is_that_at_the_end(reading: Reading) -> None:
     assert plain["guard"] == {
         "fallback_active": True,
         "checks": {"passed": {"total": 1, "new": 1}, "failed": {"total": 1, "new": 1}},
-        "max_relative_error": {"prefill": "nan", "decode": 0.002},
+        "max_relative_error": {"prefill": "inf", "decode": 0.002},
     }
     engine = plain["engine"]
     assert engine.pop("last_step_seconds_ago") >= 0
@@ -329,7 +329,7 @@ def test_once_prints_an_interval_as_plain_lines(
     (guard,) = [line for line in words if line.startswith("guard ")]
     assert guard == (
         "guard has fallen back to unfused; checks: passed 1 (+1), failed 1 (+1); "
-        "largest relative error: prefill nan, decode 2.00e-03"
+        "largest relative error: prefill inf, decode 2.00e-03"
     )
     (default,) = [line for line in words if line.startswith("default ")]
     assert "unfused on torch-cpu, no split, generation 2, switches 1 (the last" in default

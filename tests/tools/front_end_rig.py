@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -17,19 +16,18 @@ from typing import Any
 import grpc
 
 from fusewire.kernels.modes import KernelMode
-from fusewire.model import demo
 from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.service.config import ServeConfig
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
 from fusewire.service.engine.engine import Engine
 from fusewire.service.engine.scheduler import Scheduler
-from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo, Routing
+from fusewire.service.messages import EngineReady, GenerationDefaults, ModelInfo, Routing, TokenizerSource
 from fusewire.service.rpc.front_end import SERVICE_NAMES, FrontEnd
 from fusewire.service.rpc.serving import Serving
-from fusewire.service.tokenizer import Tokenizer
 from fusewire.service.tracing import Tracer
 from fusewire.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+from tests.tools.demo_tokenizer import demo_source, demo_tokenizer
 
 MODEL_NAME = "scripted"
 CONTEXT = 256
@@ -39,11 +37,6 @@ MAX_RUNNING = 4
 MAX_STEP_TOKENS = 64
 NO_DEFAULTS = GenerationDefaults()
 BACKENDS = {KernelMode.UNFUSED: "torch-cpu", KernelMode.FUSED: "fake-fused"}
-
-
-@cache
-def demo_tokenizer() -> Tokenizer:
-    return Tokenizer.load(demo.path())
 
 
 class ScriptedRunner:
@@ -104,7 +97,9 @@ class EndlessExaminer:
         raise AssertionError("the comparison comes first")
 
 
-def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
+def describe(
+    defaults: GenerationDefaults = NO_DEFAULTS, tokenizer: TokenizerSource | None = None
+) -> EngineReady:
     """What the scripted engine says of itself."""
     model = ModelInfo(
         architecture="Scripted",
@@ -129,16 +124,14 @@ def describe(defaults: GenerationDefaults = NO_DEFAULTS) -> EngineReady:
         block_size=4,
         max_running=MAX_RUNNING,
         max_step_tokens=2048,
+        tokenizer=tokenizer or demo_source(),
     )
 
 
 class LocalEngine:
     """The engine's step loop in a thread of this process."""
 
-    def __init__(
-        self, socket_path: Path, defaults: GenerationDefaults = NO_DEFAULTS, examiner: Any = None
-    ) -> None:
-        ready = describe(defaults)
+    def __init__(self, socket_path: Path, ready: EngineReady, examiner: Any = None) -> None:
         self.runner = ScriptedRunner()
         self.pool = BlockPool(ready.kv_blocks, ready.block_size)
         scheduler = Scheduler(self.pool, ready.max_running, MAX_STEP_TOKENS, ready.routing.mode)
@@ -166,12 +159,14 @@ class Rig:
         self.config = ServeConfig(port=0, admin_port=0, metrics_port=0, **config)
         self.routings: list[Routing] = []
         self.log_levels: list[str] = []
+        self.failures: list[str] = []
         self.serving = Serving(
             self.config,
             MODEL_NAME,
             self.socket_path,
             SERVICE_NAMES,
             on_routing=self.routings.append,
+            on_failure=self.failures.append,
             on_log_level=self.log_levels.append,
             tracer=tracer,
         )
@@ -192,9 +187,14 @@ class Rig:
         self.model = model_pb2_grpc.ModelServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.admin_channel)
 
-    async def start_engine(self, defaults: GenerationDefaults = NO_DEFAULTS, examiner: Any = None) -> None:
+    async def start_engine(
+        self,
+        defaults: GenerationDefaults = NO_DEFAULTS,
+        examiner: Any = None,
+        tokenizer: TokenizerSource | None = None,
+    ) -> None:
         """Start an engine, in place of one that was killed, and wait until it is ready."""
-        self.engine = LocalEngine(self.socket_path, defaults, examiner)
+        self.engine = LocalEngine(self.socket_path, describe(defaults, tokenizer), examiner)
         self.engine.start()
         await until(lambda: self.serving.engine.ready is not None)
 
@@ -228,7 +228,7 @@ async def rig(
     await running.start()
     try:
         if loaded:
-            running.serving.set_tokenizer(demo_tokenizer())
+            running.serving.set_tokenizer(demo_tokenizer(), demo_source())
             await running.start_engine(defaults)
         yield running
     finally:

@@ -117,7 +117,7 @@ class Driver:
         config = ModelConfig.read(folder)
         attention = select_backend("auto", config, 16, torch.float32, CPU)
         self.model = Qwen3(config, attention, CONTEXT, torch.float32, CPU)
-        load_weights(folder, self.model.checkpoint_views(), self.model.ignored_tensors)
+        load_weights(folder, self.model.checkpoint_views(), self.model.tied_tensors)
         self.cache = KVCache(config, 256, BLOCK_SIZE, torch.float32, CPU)
         self.seats = SeatTable(16, CONTEXT, blocks_for(CONTEXT, BLOCK_SIZE), CPU)
         self.inputs = StepInputs(self.seats, BLOCK_SIZE, 16 * CONTEXT, 16)

@@ -46,6 +46,7 @@ from fusewire.service.messages import (
     encode,
     frame_length,
 )
+from tests.tools.demo_tokenizer import demo_source
 
 CONTEXT = 32768
 VOCAB = 4000
@@ -59,6 +60,7 @@ READY = EngineReady(
     block_size=16,
     max_running=256,
     max_step_tokens=2048,
+    tokenizer=demo_source(),
 )
 
 

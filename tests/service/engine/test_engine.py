@@ -44,11 +44,14 @@ from fusewire.service.messages import (
     Split,
     StepReport,
     Token,
+    TokenizerSource,
 )
 
 MODEL = ModelInfo("Fake", 64, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaults())
 MODES = {KernelMode.FUSED: "fake", KernelMode.UNFUSED: "fake"}
-READY = EngineReady(MODEL, "fake", "fake", MODES, Routing(KernelMode.FUSED, 1), 64, 4, 4, 64)
+READY = EngineReady(
+    MODEL, "fake", "fake", MODES, Routing(KernelMode.FUSED, 1), 64, 4, 4, 64, TokenizerSource("")
+)
 
 
 class FrontEnd:

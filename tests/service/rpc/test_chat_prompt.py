@@ -19,6 +19,7 @@ from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import model_pb2
 from fusewire.v1.kernel_pb2 import KernelMode
+from tests.tools.demo_tokenizer import demo_source
 from tests.tools.front_end_rig import Rig, rig
 
 DEMO = Path(str(files("fusewire.model.demo")))
@@ -84,7 +85,7 @@ def theirs():
 def with_rig(tmp_path: Path, template: str | None, body) -> None:
     async def run() -> None:
         async with rig(tmp_path) as server:
-            server.serving.set_tokenizer(tokenizer_with(template))
+            server.serving.set_tokenizer(tokenizer_with(template), demo_source())
             await body(server)
 
     asyncio.run(run())

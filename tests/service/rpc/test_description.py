@@ -1,9 +1,12 @@
-"""What a server tells of itself: model, load, health, reflection, and tokens while the engine loads."""
+"""What a server tells of itself: model, load, health, reflection, and tokens while the engine restarts."""
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,6 +16,7 @@ from fusewire.service.rpc import reflection
 from fusewire.service.rpc.front_end import SERVICE_NAMES
 from fusewire.v1 import generation_pb2, model_pb2
 from fusewire.v1.kernel_pb2 import KERNEL_MODE_FUSED, KERNEL_MODE_UNFUSED
+from tests.tools.demo_tokenizer import demo_source
 from tests.tools.front_end_rig import CONTEXT, EOS, MODEL_NAME, VOCAB, Rig, demo_tokenizer, rig, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -87,12 +91,14 @@ def test_the_load_follows_the_engine(tmp_path: Path) -> None:
 # ---- before the engine is there ----
 
 
-def test_tokens_can_be_had_while_the_engine_loads_and_nothing_else(tmp_path: Path) -> None:
+def test_tokens_can_be_had_while_the_engine_restarts_and_nothing_else(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
         rpc = server.generation
         text = generation_pb2.TokenizeRequest(text="你好, world")
         assert await code_of(rpc.Tokenize(text)) is grpc.StatusCode.UNAVAILABLE
-        server.serving.set_tokenizer(demo_tokenizer())
+        await server.start_engine()
+        await until(lambda: server.serving.is_ready)
+        await server.kill_engine()
         tokens = await rpc.Tokenize(text)
         assert list(tokens.token_ids) == demo_tokenizer().encode("你好, world")
         assert b"".join(tokens.tokens).decode() == "你好, world"
@@ -130,6 +136,33 @@ def test_a_chat_is_tokenized_as_generate_would(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_a_restarted_engines_tokenizer_is_made_anew_only_if_it_is_another(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        before = server.serving.tokenizer
+        await server.kill_engine()
+        await server.start_engine()
+        assert server.serving.is_ready
+        assert server.serving.tokenizer is before
+        await server.kill_engine()
+        await server.start_engine(tokenizer=msgspec.structs.replace(demo_source(), split_special_tokens=True))
+        assert not server.serving.is_ready
+        await until(lambda: server.serving.is_ready)
+        request = generation_pb2.TokenizeRequest(text="<|im_end|>")
+        assert len((await server.generation.Tokenize(request)).token_ids) > 1
+
+    run(tmp_path, body)
+
+
+def test_a_tokenizer_that_cannot_be_served_is_told(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        await server.start_engine(tokenizer=msgspec.structs.replace(demo_source(), json="{}"))
+        await until(lambda: bool(server.failures))
+        assert server.failures[0].startswith("tokenizer: ")
+        assert not server.serving.is_ready
+
+    run(tmp_path, body, loaded=False)
+
+
 # ---- health ----
 
 
@@ -144,9 +177,15 @@ def test_health_is_serving_only_with_tokenizer_and_engine(tmp_path: Path) -> Non
 
     async def body(server: Rig) -> None:
         assert await statuses(server) == {NOT_SERVING}
+        busy = threading.Event()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        holding = asyncio.create_task(asyncio.to_thread(busy.wait))  # where the tokenizer would be made
+        await asyncio.sleep(0)
         await server.start_engine()
         assert await statuses(server) == {NOT_SERVING}
-        server.serving.set_tokenizer(demo_tokenizer())
+        busy.set()
+        await holding
+        await until(lambda: server.serving.is_ready)
         assert await statuses(server) == {SERVING}
         await server.kill_engine()
         await until(lambda: server.serving.engine.ready is None)

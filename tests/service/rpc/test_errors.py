@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fusewire.service.rpc.errors import StatusError, inside, invalid_argument, unavailable
 from fusewire.v1 import generation_pb2 as pb
+from tests.tools.demo_tokenizer import demo_source
 from tests.tools.front_end_rig import rig
 from tests.tools.odd_tokenizer import odd_tokenizer
 
@@ -90,11 +91,11 @@ def test_what_is_short_stays_as_it_is_and_what_is_cut_says_so(problem: str, show
 
 @pytest.mark.parametrize("says", ["messages[0].content", r'"a\ud800b"'])
 def test_a_templates_refusal_of_any_length_reaches_the_client(tmp_path: Path, says: str) -> None:
-    tokenizer = odd_tokenizer(tmp_path, template=f"{{{{ raise_exception({says}) }}}}")
+    tokenizer = odd_tokenizer(template=f"{{{{ raise_exception({says}) }}}}")
 
     async def body() -> None:
         async with rig(tmp_path) as server:
-            server.serving.set_tokenizer(tokenizer)
+            server.serving.set_tokenizer(tokenizer, demo_source())
             for content in ("x" * 6000, "ж" * 6000, "\n\x07%" * 6000):
                 turns = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content=content)])
                 with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from pathlib import Path
 
 import grpc
@@ -212,6 +213,24 @@ def test_unset_max_tokens_ends_at_the_default_or_where_the_context_ends(tmp_path
     run(tmp_path, body, default_max_tokens=50)
 
 
+def test_the_models_max_new_tokens_is_the_default_where_it_is_smaller(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        unset = await server.generation.Generate(request(), timeout=20)
+        assert (unset.reason, unset.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 30)
+        said = await server.generation.Generate(request(stopping=stopping(max_tokens=40)), timeout=20)
+        assert said.usage.completion_tokens == 40
+
+    run(tmp_path, body, default_max_tokens=50, defaults=GenerationDefaults(max_new_tokens=30))
+
+
+def test_the_servers_default_bounds_the_models_max_new_tokens(tmp_path: Path) -> None:
+    async def body(server: Rig) -> None:
+        answer = await server.generation.Generate(request(), timeout=20)
+        assert answer.usage.completion_tokens == 3
+
+    run(tmp_path, body, default_max_tokens=3, defaults=GenerationDefaults(max_new_tokens=30))
+
+
 def test_prompt_and_answer_may_fill_the_context_to_the_last_token(tmp_path: Path) -> None:
     async def body(server: Rig) -> None:
         ids = pb.TokenIds(ids=[7] * (CONTEXT - 3))
@@ -408,12 +427,17 @@ def test_unset_knobs_take_the_models_defaults_and_greedy_without(tmp_path: Path)
         assert (other.temperature, other.top_k, other.top_p, other.seed) == (0, 0, 0.8, 5)
         assert params.seed != (await submitted(server, request())).seed
 
+    async def with_bans(server: Rig) -> None:
+        params = await submitted(server, request(sampling=pb.SamplingParams(logit_bias={3: 9.0, 5: 100.0})))
+        assert params.logit_bias == {3: 9.0, 5: -math.inf, 6: -math.inf}
+
     async def without(server: Rig) -> None:
         params = await submitted(server, request())
         assert params.greedy
         assert not params.penalised
 
     run(tmp_path, with_defaults, defaults=GenerationDefaults(temperature=0.7, top_k=20, top_p=0.8))
+    run(tmp_path, with_bans, defaults=GenerationDefaults(suppress_tokens=(5, 6)))
     run(tmp_path, without)
 
 

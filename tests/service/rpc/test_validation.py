@@ -17,6 +17,7 @@ from fusewire.service.rpc import validation
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
 from fusewire.v1 import generation_pb2 as pb
+from tests.tools.demo_tokenizer import demo_source
 from tests.tools.front_end_rig import CONTEXT, VOCAB, Rig, demo_tokenizer, describe, rig
 from tests.tools.odd_tokenizer import odd_tokenizer
 
@@ -176,7 +177,7 @@ def test_bad_prompts_and_ids_of_the_token_calls_are_refused_by_name(tmp_path: Pa
 
 
 def test_a_token_that_the_model_has_not_is_refused_on_every_way_in(tmp_path: Path) -> None:
-    tokenizer = odd_tokenizer(tmp_path, added="<tool_out>")
+    tokenizer = odd_tokenizer(added="<tool_out>")
     text, turns = {"text": "hi<tool_out>"}, chat(("user", "hi<tool_out>"))
     problem = f"holds the token '<tool_out>', whose id {VOCAB} is not below the vocabulary size {VOCAB}"
 
@@ -184,7 +185,7 @@ def test_a_token_that_the_model_has_not_is_refused_on_every_way_in(tmp_path: Pat
         return pb.GenerateRequest(**prompt, kernel_mode="KERNEL_MODE_FUSED")
 
     async def body(server: Rig) -> None:
-        server.serving.set_tokenizer(tokenizer)
+        server.serving.set_tokenizer(tokenizer, demo_source())
         rpc = server.generation
         for prompt in (text, turns):
             field = "text" if prompt is text else "chat"
