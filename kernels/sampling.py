@@ -51,7 +51,6 @@ LARGEST = tl.constexpr(1e30)
 """A penalised logit is at most so large, so that no penalty makes a finite one infinite."""
 FORBIDDEN = -1e32
 """The logit of a token that must not be drawn: below all others, and finite at every temperature."""
-_LARGEST_SCORE = tl.constexpr(3e38)
 
 _SMALL_PART, _PART = 1024, 4096
 """Logits of a program that draws."""
@@ -206,9 +205,11 @@ def draw_kernel(
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     token = part * PART + tl.arange(0, PART)
-    score = tl.load(logits + row * logits_stride + token, mask=token < VOCAB, other=float("-inf"))
+    # What is past the end is finite and loses; what is not finite becomes +inf and wins, whatever follows.
+    LEAST: tl.constexpr = -65504.0 if logits.dtype.element_ty == tl.float16 else -1e32
+    score = tl.load(logits + row * logits_stride + token, mask=token < VOCAB, other=LEAST)
     score = score.to(tl.float32)
-    finite = (tl.abs(score) < float("inf")) | (token >= VOCAB)
+    score = tl.where(tl.abs(score) < float("inf"), score, float("inf"))
     place = _place(rows, row, INDEXED)
     seat = tl.load(seats + place).to(tl.int64)
     length = tl.load(lengths + place)
@@ -216,13 +217,12 @@ def draw_kernel(
     temperature = _float(record, TEMPERATURE)
     if temperature > 0:
         if FLOORED:
-            score = tl.where(score >= tl.load(floors + row), score, float("-inf"))
+            score = tl.where(score < tl.load(floors + row), float("-inf"), score)
         first, second = _random_keys(record, length - tl.load(record + PROMPT_LEN))
         score = score * tl.div_rn(1.0, tl.maximum(temperature, LEAST_TEMPERATURE))
         score += _gumbel(token.to(tl.uint32), first, second)
-    score = tl.where(finite, tl.minimum(score, _LARGEST_SCORE), float("inf"))  # what is not finite wins
     best, chosen = tl.max(score, axis=0, return_indices=True)
-    chosen = tl.where(best < float("inf"), chosen + part * PART, -1)
+    chosen = tl.where(best < float("inf"), tl.minimum(chosen + part * PART, VOCAB - 1), -1)
     if PARTS > 1:
         WIDTH: tl.constexpr = triton.next_power_of_2(PARTS)
         tl.store(scores + row * PARTS + part, best, cache_modifier=".cg")

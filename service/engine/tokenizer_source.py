@@ -1,14 +1,11 @@
 """The model's tokenizer, read by transformers where the model is loaded, in the form that front ends take.
 
-What cannot be served is refused here, before any weight is read. Importing this module brings
-transformers along.
+What cannot be served is refused here, before any weight is read.
 """
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-
-from transformers import AutoTokenizer, TokenizersBackend
 
 from fusewire.model.checkpoint import transformers_config
 from fusewire.service.messages import MAX_FRAME_BYTES, TokenizerSource
@@ -39,6 +36,8 @@ def read_tokenizer(folder: Path) -> TokenizerSource:
         TokenizerError: if there is none, or none that can be served; it names the folder.
         ModelError: if `config.json` is not one of a model that can be served.
     """
+    from transformers import AutoTokenizer  # some versions bring seconds of imports along for it
+
     require_files(folder)
     config = transformers_config(folder)
     try:
@@ -54,6 +53,8 @@ def read_tokenizer(folder: Path) -> TokenizerSource:
 
 
 def _source_of(tokenizer: object) -> TokenizerSource:
+    from transformers import TokenizersBackend
+
     if not isinstance(tokenizer, TokenizersBackend):
         raise TokenizerError(f"only byte-level BPE can be served, got {type(tokenizer).__name__}")
     require_byte_level(tokenizer.backend_tokenizer)

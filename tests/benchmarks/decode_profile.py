@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +70,17 @@ class Feed:
         self._ahead.record()
         return launched
 
-    def collect(self, launched: Any) -> list[Sampled | None]:
+    def collect(self, launched: Any) -> Sequence[Sampled | None]:
         return self._runner.collect(launched)
+
+    def nonfinite_rows(self, launched: Any) -> Collection[int]:
+        return self._runner.nonfinite_rows(launched)
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return self._runner.backend(mode, num_tokens)
+
+    def check_device(self) -> None:
+        self._runner.check_device()
 
 
 class Activity(NamedTuple):

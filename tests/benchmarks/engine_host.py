@@ -52,8 +52,14 @@ class IdleRunner:
     def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
         return launched
 
+    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
+        return frozenset()
+
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "idle"
+
+    def check_device(self) -> None:
+        """Nothing can break it."""
 
 
 class FrontEnd:
