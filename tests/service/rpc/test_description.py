@@ -145,8 +145,8 @@ def test_a_restarted_engines_tokenizer_is_made_anew_only_if_it_is_another(tmp_pa
         assert server.serving.tokenizer is before
         await server.kill_engine()
         await server.start_engine(tokenizer=msgspec.structs.replace(demo_source(), split_special_tokens=True))
-        assert not server.serving.is_ready
         await until(lambda: server.serving.is_ready)
+        assert server.serving.tokenizer is not before
         request = generation_pb2.TokenizeRequest(text="<|im_end|>")
         assert len((await server.generation.Tokenize(request)).token_ids) > 1
 
