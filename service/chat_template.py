@@ -7,6 +7,7 @@ torch nor transformers, and knows neither tokens nor the wire.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,6 +43,8 @@ SET_NAMES = frozenset(
 """What no template argument may be called, beside the model's own named tokens."""
 MAX_RENDERED_CHARACTERS = 16 << 20
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which Jinja can spell and no encoding has."""
 _FINAL_MARK = "END-OF-THE-FINAL-MESSAGE"
 """Stands behind a message that is to be continued; ASCII without spaces, which templates leave alone."""
 
@@ -157,7 +160,10 @@ def _join(pieces: Iterable[str]) -> str:
                 f"must hold at most {MAX_RENDERED_CHARACTERS} characters once the model's template renders it"
             )
         kept.append(piece)
-    return "".join(kept)
+    text = "".join(kept)
+    if _SURROGATE.search(text):
+        raise ChatTemplateError("the model's chat template renders what is no text")
+    return text
 
 
 def _cut(text: str, final: str) -> str:

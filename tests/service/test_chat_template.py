@@ -350,6 +350,11 @@ def test_a_refusal_of_the_template_is_told_in_one_line() -> None:
     assert str(refused.value) == "the model's chat template says: turns must alternate"
 
 
+def test_half_a_character_is_no_text() -> None:
+    with pytest.raises(ChatTemplateError, match="renders what is no text"):
+        ChatTemplate(r"{{ '\ud800' }}", {}).render(say("a"))
+
+
 def test_a_text_without_end_is_refused_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARACTERS", 1000)
     template = ChatTemplate("{% for x in range(n) %}{{ messages[0].content }}{% endfor %}", {})
