@@ -156,7 +156,7 @@ def test_tokens_beyond_the_models_vocabulary_are_named(
     with caplog.at_level(logging.WARNING):
         read_tokenizer(folder_with(tmp_path, only_in_the_decoder))
     [message] = caplog.messages
-    assert message.startswith("3 tokens of the tokenizer are beyond the model's vocabulary of 4096")
+    assert message.startswith("3 of the tokenizer's tokens are beyond the model's vocabulary of 4096")
     assert message.endswith("'<tool_out>' (4096), '</tool_out>' (4097), '<think>' (4098)")
 
 
