@@ -76,8 +76,8 @@ def _warn_of_surplus(vocabulary: Mapping[str, int], vocab_size: int) -> None:
     if surplus:
         named = ", ".join(f"{token!r} ({index})" for index, token in surplus[:_NAMED])
         log.warning(
-            "%d of the tokenizer's tokens are beyond the model's vocabulary of %d, and a prompt that holds one "
-            "is refused: %s%s",
+            "%d of the tokenizer's tokens are beyond the model's vocabulary of %d, and a prompt that holds "
+            "one is refused: %s%s",
             len(surplus),
             vocab_size,
             named,
