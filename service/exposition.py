@@ -21,6 +21,8 @@ from fusewire.service.negotiation import OPENMETRICS, OPENMETRICS_VERSION, prefe
 
 OPENMETRICS_TYPE = f"{OPENMETRICS}; version={OPENMETRICS_VERSION}; charset=utf-8"
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+STOP_SECONDS = 0.05
+"""Pause between two looks at whether to stop; by default half a second, which every stop waits for."""
 QUICKLY = 1
 """gzip's level; higher ones take longer than they save."""
 
@@ -109,7 +111,9 @@ class MetricsServer:
         handler = type("Handler", (_Handler,), {"exposition": Exposition(collector)})
         self._server: ThreadingHTTPServer = server(address[:2], handler)
         self.port = self._server.server_port
-        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = Thread(
+            target=self._server.serve_forever, args=(STOP_SECONDS,), name="metrics", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to answer."""
