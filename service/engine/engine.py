@@ -306,8 +306,12 @@ class Engine:
             self._runner.check_device()
             self._run_apart(plan)
             return None
-        if self._watch is not None:
-            self._watch.note_launch(plan)
+        try:
+            if self._watch is not None:
+                self._watch.note_launch(plan)
+        except Exception:
+            log.exception("looking closer at step %d failed", plan.number)
+            self._runner.check_device()
         return LaunchedStep(plan, handle, launched_at)
 
     def _run_apart(self, plan: StepPlan) -> None:

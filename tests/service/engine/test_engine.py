@@ -491,6 +491,20 @@ def test_a_step_that_fails_ends_the_request_that_it_failed_for_alone(overlap: bo
     assert desk.pool.num_free == 64
 
 
+def test_a_check_that_fails_costs_no_request(fake_runner) -> None:
+    class FailingWatch:
+        def note_launch(self, plan: StepPlan) -> None:
+            raise MemoryError("out of memory")
+
+        def take(self) -> tuple[tuple[QKTiming, ...], tuple[ShadowCheck, ...]]:
+            return (), ()
+
+    desk = Desk(fake_runner(64, 4), watch=FailingWatch())
+    desk.add("a", max_tokens=5)
+    desk.finish()
+    assert [type(event) for event in desk.front_ends[0].events] == [Scheduled, *[Token] * 5, Ended]
+
+
 def test_a_device_that_runs_nothing_more_ends_the_engine(fake_runner) -> None:
     desk = Desk(failing(fake_runner, broken=True))
     desk.tell(AddRequest("bad", [POISON], SamplingParams(), 4, 0.0))
