@@ -134,9 +134,9 @@ def _normed_launch(
 ) -> Tensor:
     """Launch with the norm in it or, if the plan says so, before it."""
     check_aligned(x=x, norm_weight=norm_weight, weight=weight)
-    check_capture(capture, x)
     overlap = _overlaps(x, overlap)
     if plan.norm_inside:
+        check_capture(capture, x)
         return launch(
             x, weight, bias, plan,
             norm_weight=norm_weight, eps=eps, glu=glu, overlap=overlap, out=out, capture=capture,

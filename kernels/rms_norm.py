@@ -18,7 +18,7 @@ from torch import Tensor
 from fusewire.kernels.checks import Fields, Layout, check_aligned, check_float, check_tensor, fields_of
 from fusewire.kernels.compiling import compile_kernel
 from fusewire.kernels.launch import OVERLAPPING, architecture_of, on_device, runs_triton
-from fusewire.kernels.row_capture import RowCapture, check_capture
+from fusewire.kernels.row_capture import RowCapture, capture_arguments, check_capture
 
 _WARP_ROW_BYTES = 2048
 """What a warp has of a row: four vectors a lane."""
@@ -57,8 +57,7 @@ def rms_norm(
         return out
     stride = x.stride(0) if num_tokens > 1 else width
     overlap = overlap and architecture_of(x.device) >= OVERLAPPING
-    kept_rows = 0 if capture is None else len(capture.rows)
-    flag, kept = (x, x) if capture is None else (capture.flag, capture.rows)
+    kept_rows, flag, kept = capture_arguments(capture, x)
     kernel, constants = _compile(x.device, x.dtype, width, stride, overlap, kept_rows)
     with on_device(x.device):
         kernel[num_tokens, 1, 1](x, weight, out, flag, kept, stride, eps, *constants)

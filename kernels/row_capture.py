@@ -26,6 +26,14 @@ class RowCapture:
             self.rows[:count] = x[:count]
 
 
+def capture_arguments(capture: RowCapture | None, unused: Tensor) -> tuple[int, Tensor, Tensor]:
+    """What a launch is given: how many rows there is room for, 0 without a capture, its flag and its rows.
+
+    Without a capture the kernel looks at neither, and gets some tensor for both.
+    """
+    return (0, unused, unused) if capture is None else (len(capture.rows), capture.flag, capture.rows)
+
+
 def check_capture(capture: RowCapture | None, x: Tensor) -> None:
     """Check that a launch on x `[T, K]` can leave its rows.
 

@@ -45,11 +45,11 @@ SEED_HIGH = tl.constexpr(9)
 LEAST_TEMPERATURE = tl.constexpr(1e-6)
 """Below this, differences of logits lose their meaning in float32; the draw is greedy anyway."""
 
-NO_TOKEN = -1
+NO_TOKEN = tl.constexpr(-1)
 """Drawn from a row whose logits are not all finite."""
 LARGEST = tl.constexpr(1e30)
 """A penalised logit is at most so large, so that no penalty makes a finite one infinite."""
-FORBIDDEN = -1e32
+FORBIDDEN = tl.constexpr(-1e32)
 """The logit of a token that must not be drawn: below all others, and finite at every temperature."""
 
 _SMALL_PART, _PART = 1024, 4096
@@ -174,7 +174,7 @@ def draw_reference(
         part *= temperature[some, None].clamp(min=LEAST_TEMPERATURE.value).reciprocal()
         keys = random_keys(_seeds(words[some]), lengths[some] - words[some, PROMPT_LEN.value])
         chosen[some] = (part + gumbel_noise(*keys, logits.shape[-1])).argmax(-1)
-    chosen.masked_fill_(~logits.isfinite().all(-1), NO_TOKEN)
+    chosen.masked_fill_(~logits.isfinite().all(-1), NO_TOKEN.value)
     ids[places] = chosen.int()
     tokens[seats, lengths] = chosen.clamp(min=0).int()
 
@@ -206,7 +206,7 @@ def draw_kernel(
     part = tl.program_id(0) % PARTS
     token = part * PART + tl.arange(0, PART)
     # What is past the end is finite and loses; what is not finite becomes +inf and wins, whatever follows.
-    LEAST: tl.constexpr = -65504.0 if logits.dtype.element_ty == tl.float16 else -1e32
+    LEAST: tl.constexpr = -65504.0 if logits.dtype.element_ty == tl.float16 else FORBIDDEN
     score = tl.load(logits + row * logits_stride + token, mask=token < VOCAB, other=LEAST)
     score = score.to(tl.float32)
     score = tl.where(tl.abs(score) < float("inf"), score, float("inf"))
@@ -222,7 +222,7 @@ def draw_kernel(
         score = score * tl.div_rn(1.0, tl.maximum(temperature, LEAST_TEMPERATURE))
         score += _gumbel(token.to(tl.uint32), first, second)
     best, chosen = tl.max(score, axis=0, return_indices=True)
-    chosen = tl.where(best < float("inf"), tl.minimum(chosen + part * PART, VOCAB - 1), -1)
+    chosen = tl.where(best < float("inf"), tl.minimum(chosen + part * PART, VOCAB - 1), NO_TOKEN)
     if PARTS > 1:
         WIDTH: tl.constexpr = triton.next_power_of_2(PARTS)
         tl.store(scores + row * PARTS + part, best, cache_modifier=".cg")

@@ -26,7 +26,7 @@ from torch import Tensor
 from fusewire.kernels.compiling import compile_kernel
 from fusewire.kernels.launch import on_device
 from fusewire.kernels.linear_plans import LinearPlan
-from fusewire.kernels.row_capture import RowCapture
+from fusewire.kernels.row_capture import RowCapture, capture_arguments
 
 _COPIED = tl.constexpr(1024)
 """Elements of a row that are copied together."""
@@ -114,8 +114,7 @@ def launch(
     if num_tokens == 0:
         return out
     x_stride, out_stride = (x.stride(0), out.stride(0)) if num_tokens > 1 else (width, outputs)
-    kept_rows = 0 if capture is None else len(capture.rows)
-    flag, kept = (x, x) if capture is None else (capture.flag, capture.rows)
+    kept_rows, flag, kept = capture_arguments(capture, x)
     extras = Extras(norm_weight is not None, glu, residual is not None, bias is not None, kept_rows)
     compiled = compile_launch(
         x.device, x.dtype, num_tokens, outputs, width, x_stride, out_stride, extras, plan, overlap

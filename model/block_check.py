@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusewire.kernels.finite_blocks import flag_nonfinite_blocks
 from fusewire.model.batch import Row
-from fusewire.model.device import to_device
+from fusewire.model.device import to_device, to_host
 from fusewire.model.kv_cache import KVCache
 
 
@@ -48,13 +48,7 @@ class BlockCheck:
         flag_nonfinite_blocks(
             cache.blocks, to_device(np.array(entries, dtype=np.int32), device), block_tables, flags
         )
-        if device.type != "cuda":
-            return cls(flags, None)
-        host = torch.empty_like(flags, device="cpu", pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return cls(host, arrived)
+        return cls(*to_host(flags))
 
     def rows(self) -> frozenset[int]:
         """Wait for the check: the rows that have such a block, by index."""

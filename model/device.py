@@ -1,4 +1,4 @@
-"""Devices and dtypes by name, and the way from host arrays to device tensors.
+"""Devices and dtypes by name, and the ways between host and device.
 
 Knows nothing of models.
 """
@@ -43,3 +43,14 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Move a host array to the device without waiting for it: through pinned memory on CUDA."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Start a copy to the host; also the event that says when it has arrived, if it takes time."""
+    if tensor.device.type != "cuda":
+        return tensor, None
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived

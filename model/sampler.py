@@ -150,7 +150,7 @@ class Sampler:
             flat.scatter_add_(0, _index(entries, logits), _floats(values, logits))
         bans = [place * width + token for place, row in enumerate(rows) for token in row.banned_ids]
         if bans:
-            flat.index_fill_(0, _index(bans, logits), FORBIDDEN)
+            flat.index_fill_(0, _index(bans, logits), FORBIDDEN.value)
         return adjusted
 
 

@@ -20,7 +20,7 @@ from fusewire.kernels.packed import split_heads
 from fusewire.kernels.paths import chain_rms_norm
 from fusewire.kernels.rope import apply_rope, rope_rows
 from fusewire.kernels.row_capture import RowCapture
-from fusewire.model.device import to_device
+from fusewire.model.device import to_device, to_host
 from fusewire.model.forward_batch import ForwardBatch
 from fusewire.model.hidden_state_capture import HiddenStateCapture
 from fusewire.model.layers import QKNorm
@@ -118,7 +118,7 @@ class ShadowGuard:
         for each in (mode, KernelMode.UNFUSED):
             found = self._run(site, each, stream, positions, rows, batch.shape.num_tokens, capture.none)
             errors.append(_errors(found, exact, [len(sample) for sample in samples.values()]))
-        return ShadowCheck(tuple(samples), mode, layer, *_send(torch.stack(errors, dim=1)))
+        return ShadowCheck(tuple(samples), mode, layer, *to_host(torch.stack(errors, dim=1)))
 
     def _run(
         self,
@@ -185,14 +185,3 @@ def _errors(found: Sequence[Tensor], exact: Sequence[Tensor], counts: list[int])
         ratios = (off.sum(1) / size.sum(1).clamp_min(tiny)).nan_to_num(nan=torch.inf)
         errors.append(ratios.amax().sqrt().where(some.any(), torch.nan))
     return torch.stack(errors)
-
-
-def _send(errors: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start a copy to the host; also the event that says when it has arrived, if it takes time."""
-    if errors.device.type != "cuda":
-        return errors, None
-    host = torch.empty_like(errors, device="cpu", pin_memory=True)
-    host.copy_(errors, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived

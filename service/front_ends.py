@@ -233,12 +233,10 @@ class _Worker(ChildSupervisor):
 
     def _take_refusal(self, reason: str) -> None:
         """At the start of the server it ends the server; later it may pass, and the others serve on."""
-        if not self.listening.done():
-            self.listening.set_exception(ListenError(reason))
-        elif self.restarts == 0:
-            self._on_unusable(reason)
-        else:
+        if self.listening.done() and self.restarts:
             log.error("%s: %s", self.name, reason)
+        else:
+            self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
         """Take in that it is not started again; whoever waits for it to listen must not wait for ever."""

@@ -9,10 +9,9 @@ of gRPC or text.
 import itertools
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from queue import Empty
 from typing import Any
 
@@ -199,17 +198,17 @@ class Engine:
 
         A front end refuses such a request. On a GPU one would end the engine.
         """
-        ids = chain(message.prompt_ids, message.sampling.logit_bias, message.eos_ids, message.stop_ids)
+        ids = [*message.prompt_ids, *message.sampling.logit_bias, *message.eos_ids, *message.stop_ids]
         if (unknown := self._unknown_id(ids)) is not None:
             ended = Ended(message.request_id, "error", problem=f"the model has no token {unknown}")
             connection.send(self._report(Events(ended=[ended])))
             return
         self._scheduler.add(Request(message, next(self._orders), connection))
 
-    def _unknown_id(self, ids: Iterable[int]) -> int | None:
+    def _unknown_id(self, ids: Sequence[int]) -> int | None:
         """Find an id that the model's embedding does not have; None if it has them all."""
-        vocab_size = self._ready.model.vocab_size
-        return next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        extremes = (min(ids, default=0), max(ids, default=0))
+        return next((each for each in extremes if not 0 <= each < self._ready.model.vocab_size), None)
 
     def _cancel(self, message: CancelRequest) -> bool:
         """End a caller's request; False if the caller has none of that id."""

@@ -284,12 +284,11 @@ class Serving:
         self.metrics.observe_step(report)
 
     def _take_state(self, ready: EngineReady | None) -> None:
-        if ready is not None:
-            self._vocab_size = ready.model.vocab_size
         self.load = Load()
         self._heard = time.monotonic()
         self.metrics.observe_engine(ready)
         if ready is not None:
+            self._vocab_size = ready.model.vocab_size
             self.take_source(ready.tokenizer)
         self.show_health()
         self._on_engine(ready)

@@ -30,6 +30,7 @@ from fusewire.service.messages import (
     TokenizerSource,
     encode,
 )
+from tests.tools.sound_device import SoundDevice
 
 ROWS = (1, 32, 256)
 BLOCK_SIZE = 16
@@ -38,7 +39,7 @@ STEPS = 400
 REPEATS = 5
 
 
-class IdleRunner:
+class IdleRunner(SoundDevice):
     """Chooses token 5 for every row that samples."""
 
     def __init__(self) -> None:
@@ -52,14 +53,8 @@ class IdleRunner:
     def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
         return launched
 
-    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
-        return frozenset()
-
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "idle"
-
-    def check_device(self) -> None:
-        """Nothing can break it."""
 
 
 class FrontEnd:

@@ -37,11 +37,12 @@ from fusewire.service.messages import (
     encode,
 )
 from tests.tools.front_end_rig import EndlessExaminer
+from tests.tools.sound_device import SoundDevice
 
 MODEL = ModelInfo("Fake", 64, 97, 1, 1, 1, 1, 1, "float32", [], GenerationDefaults())
 
 
-class CountingRunner:
+class CountingRunner(SoundDevice):
     """Answers with 1, 2, 3, …; `gate` can hold a step back, and `held` tells that one has come there."""
 
     def __init__(self) -> None:
@@ -53,12 +54,6 @@ class CountingRunner:
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
-
-    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
-        return frozenset()
-
-    def check_device(self) -> None:
-        """Nothing can break it."""
 
     def launch(self, step: Step) -> list[Sampled | None]:
         self.modes.append(step.mode)

@@ -28,6 +28,7 @@ from fusewire.service.rpc.serving import Serving
 from fusewire.service.tracing import Tracer
 from fusewire.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from tests.tools.demo_tokenizer import demo_source, demo_tokenizer
+from tests.tools.sound_device import SoundDevice
 
 MODEL_NAME = "scripted"
 CONTEXT = 256
@@ -39,7 +40,7 @@ NO_DEFAULTS = GenerationDefaults()
 BACKENDS = {KernelMode.UNFUSED: "torch-cpu", KernelMode.FUSED: "fake-fused"}
 
 
-class ScriptedRunner:
+class ScriptedRunner(SoundDevice):
     """Answers a prompt with the tokens of its script, else with 1000, 1001, …
 
     While `gate` is clear, a step waits; `pause` slows every step down. `held` is set once a step has come
@@ -56,12 +57,6 @@ class ScriptedRunner:
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return BACKENDS[mode]
-
-    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
-        return frozenset()
-
-    def check_device(self) -> None:
-        """Nothing can break it."""
 
     def launch(self, step: Step) -> list[Sampled | None]:
         self.seats |= {seating.seat: seating for seating in step.seatings}

@@ -100,7 +100,7 @@ def test_some_rows_of_a_batch():
 def test_equal_logits_and_none_that_may_be_drawn():
     logits = torch.full((2, 3000), -5.0)
     logits[0, [900, 2100]] = 2.0
-    logits[1] = FORBIDDEN
+    logits[1] = FORBIDDEN.value
     batch = Batch(2, 3000)
     workspace = workspace_for(2, 3000, CPU)
     assert batch.draw(draw, logits, workspace)[0].tolist() == [900, 0]

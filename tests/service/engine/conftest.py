@@ -14,6 +14,7 @@ from fusewire.service.engine.plan import StepPlan
 from fusewire.service.engine.request import Request
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.messages import AddRequest, RequestEvent
+from tests.tools.sound_device import SoundDevice
 
 
 @dataclass
@@ -24,7 +25,7 @@ class FakeSeat:
     table: list[int]
 
 
-class FakeRunner:
+class FakeRunner(SoundDevice):
     """Chooses each token from the sequence so far, and checks what a real runner relies on.
 
     It works at launch, in order, and tells at collect. It keeps what a device keeps: tokens and block
@@ -42,12 +43,6 @@ class FakeRunner:
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
-
-    def nonfinite_rows(self, launched: list[Sampled | None]) -> frozenset[int]:
-        return frozenset()
-
-    def check_device(self) -> None:
-        """Nothing can break it."""
 
     def launch(self, step: Step) -> list[Sampled | None]:
         self.modes.append(step.mode)

@@ -19,6 +19,7 @@ from fusewire.service.messages import AddRequest, Ended, RequestEvent, Scheduled
 from fusewire.service.rpc.answer import Answer, AnswerOptions
 from tests.service.engine.test_engine import Desk
 from tests.tools.front_end_rig import demo_tokenizer
+from tests.tools.sound_device import SoundDevice
 
 BLOCKS, BLOCK_SIZE = 12, 4
 MODES = list(KernelMode)
@@ -182,7 +183,7 @@ PACE = 0.004
 STALL = 0.05
 
 
-class Device:
+class Device(SoundDevice):
     """A fake device with a clock of its own: each step takes it as long, behind the one before it."""
 
     def __init__(self, runner: Any) -> None:
@@ -206,12 +207,6 @@ class Device:
 
     def backend(self, mode: KernelMode, num_tokens: int) -> str:
         return "fake"
-
-    def nonfinite_rows(self, launched: Any) -> frozenset[int]:
-        return frozenset()
-
-    def check_device(self) -> None:
-        """Nothing can break it."""
 
     def device_seconds(self, launched: Any) -> float:
         return PACE
