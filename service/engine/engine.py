@@ -194,13 +194,15 @@ class Engine:
                 self._cancel_all_of(connection)
 
     def _add(self, connection: Connection, message: AddRequest) -> None:
-        """Queue a request, unless it holds an id that the model does not have.
+        """Queue a request, unless it has no prompt or holds an id that the model does not have.
 
         A front end refuses such a request. On a GPU one would end the engine.
         """
         ids = [*message.prompt_ids, *message.sampling.logit_bias, *message.eos_ids, *message.stop_ids]
-        if (unknown := self._unknown_id(ids)) is not None:
-            ended = Ended(message.request_id, "error", problem=f"the model has no token {unknown}")
+        unknown = self._unknown_id(ids)
+        if unknown is not None or not message.prompt_ids:
+            problem = "the prompt is empty" if unknown is None else f"the model has no token {unknown}"
+            ended = Ended(message.request_id, "error", problem=problem)
             connection.send(self._report(Events(ended=[ended])))
             return
         self._scheduler.add(Request(message, next(self._orders), connection))

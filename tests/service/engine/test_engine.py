@@ -513,24 +513,25 @@ def test_a_device_that_runs_nothing_more_ends_the_engine(fake_runner) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "problem"),
     [
-        {"prompt_ids": [7, 97]},
-        {"prompt_ids": [-1]},
-        {"sampling": SamplingParams(logit_bias={97: 1.0})},
-        {"stop_ids": [97]},
-        {"eos_ids": [97]},
+        ({"prompt_ids": [7, 97]}, "the model has no token 97"),
+        ({"prompt_ids": [-1]}, "the model has no token -1"),
+        ({"prompt_ids": []}, "the prompt is empty"),
+        ({"sampling": SamplingParams(logit_bias={97: 1.0})}, "the model has no token 97"),
+        ({"stop_ids": [97]}, "the model has no token 97"),
+        ({"eos_ids": [97]}, "the model has no token 97"),
     ],
     ids=str,
 )
-def test_a_request_with_an_id_that_the_model_does_not_have_never_runs(wrong: Any, fake_runner) -> None:
+def test_a_request_that_the_model_cannot_compute_never_runs(wrong: Any, problem: str, fake_runner) -> None:
     desk = Desk(fake_runner(64, 4))
     good = AddRequest("bad", [7, 8], SamplingParams(), 4, 0.0)
     desk.tell(msgspec.structs.replace(good, **wrong))
     desk.finish()
     (ended,) = desk.front_ends[0].events
     assert (ended.request_id, ended.reason) == ("bad", "error")
-    assert ended.problem in ("the model has no token 97", "the model has no token -1")
+    assert ended.problem == problem
     assert desk.runner.modes == []
 
 
