@@ -48,7 +48,7 @@ def test_a_server_listens_serves_and_stops_at_a_signal() -> None:
         stopped = asyncio.create_task(server.serve_until_stopped())
         names = await asyncio.to_thread(scrape, server.metrics_port)
         assert {"fusewire_engine_up", "grpc_server_started"} <= names
-        await until(lambda: server.serving.engine.ready is not None, 60)
+        await until(lambda: server.serving.is_ready, 60)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             request = generation_pb2.GenerateRequest(text="Once upon a time")
