@@ -1,0 +1,123 @@
+"""What every attack is held against: a polite client beside it, the memory, and the state afterwards.
+
+The bounds are those that SECURITY.md promises.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+from tests.tools.polite_client import Experience, PoliteClient
+from tests.tools.server_process import ServerProcess
+from tests.tools.streams import greedy, stream
+
+QUIET_SECONDS = 3.0
+SETTLE_SECONDS = 30.0
+SLOWER = 3.0
+"""How many times its quiet value a latency may be during an attack."""
+FLOOR_SECONDS = 0.3
+"""What a latency may be whatever its quiet value."""
+GROWTH_BYTES = 300_000_000
+LEFT_OVER = 1.2
+"""How many times what it was before the memory may be afterwards."""
+GAUGES = (
+    "fusewire_requests_running",
+    "fusewire_requests_waiting",
+    "fusewire_kv_cache_usage_ratio",
+)
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory that a process has in RAM."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return 1024 * int(fields["VmRSS"].split()[0])
+
+
+class Trial:
+    """One attack on a server that nobody else uses.
+
+    Args:
+        server: serves already.
+        front_ends: process ids whose memory is watched; unset is the server's own.
+    """
+
+    def __init__(self, server: ServerProcess, front_ends: list[int] | None = None) -> None:
+        self._server = server
+        self._front_ends = front_ends or [server.process.pid]
+        self._peak = 0
+        self.grown_bytes = 0
+        """By how much the watched processes grew at most."""
+        self.quiet: Experience
+        self.during: Experience
+        self.left_over = 0.0
+        """Their memory afterwards, in times of what it was before."""
+
+    @contextmanager
+    def attack(self) -> Iterator[None]:
+        """Measure before, during and after the attack that is the block; raises AssertionError."""
+        with PoliteClient(self._server.port) as polite:
+            control = self._control()
+            self.quiet = polite.experience(QUIET_SECONDS)
+            assert not self.quiet.errors, self.quiet.errors
+            before = self._resident_bytes()
+            with self._watching():
+                polite.experience()
+                yield
+                self.during = polite.experience()
+            self.grown_bytes = self._peak - before
+            self._check_polite_client()
+            assert self.grown_bytes <= GROWTH_BYTES, f"grew by {self.grown_bytes / 1e6:.0f} MB"
+        self._check_afterwards(before, control)
+
+    def _check_polite_client(self) -> None:
+        quiet, during = self.quiet, self.during
+        assert not during.errors, during.errors[:5]
+        assert during.tokens
+        assert during.gap_p99 <= _allowed(quiet.gap_p99), (quiet, during)
+        assert during.health_p99 <= _allowed(quiet.health_p99), (quiet, during)
+
+    def _check_afterwards(self, before: int, control: list[int]) -> None:
+        assert self._server.process.poll() is None
+        end = time.monotonic() + SETTLE_SECONDS
+        while problems := self._problems(before):
+            assert time.monotonic() < end, problems
+            time.sleep(0.25)
+        assert self._control() == control
+
+    def _problems(self, before: int) -> list[str]:
+        """What is not as it was before."""
+        self.left_over = self._resident_bytes() / before
+        problems = [f"{name} {value:g}" for name in GAUGES if (value := self._server.metric(name))]
+        if self.left_over > LEFT_OVER:
+            problems.append(f"{self.left_over:.2f} times the memory")
+        return problems
+
+    def _control(self) -> list[int]:
+        """The tokens of a request whose answer must always be the same."""
+        return stream(self._server.generation, greedy("Once upon a time", 32)).token_ids
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Look at the memory all the time."""
+        done = Event()
+
+        def watch() -> None:
+            while not done.wait(0.05):
+                self._peak = max(self._peak, self._resident_bytes())
+
+        watcher = Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+    def _resident_bytes(self) -> int:
+        return sum(map(resident_bytes, self._front_ends))
+
+
+def _allowed(quiet: float) -> float:
+    return max(SLOWER * quiet, FLOOR_SECONDS)
