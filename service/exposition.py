@@ -6,23 +6,34 @@ the other way round. Knows no metric in particular.
 """
 
 import gzip
+import logging
 import socket
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
-from typing import ClassVar
+from threading import Condition, Lock, Thread
+from typing import Any, ClassVar
 
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
+from fusewire.service.connection_limits import METRICS
 from fusewire.service.negotiation import OPENMETRICS, OPENMETRICS_VERSION, prefers_openmetrics, takes_gzip
+
+log = logging.getLogger(__name__)
 
 OPENMETRICS_TYPE = f"{OPENMETRICS}; version={OPENMETRICS_VERSION}; charset=utf-8"
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STOP_SECONDS = 0.05
 """Pause between two looks at whether to stop; by default half a second, which every stop waits for."""
+ACCEPT_PAUSE = 0.5
+"""Seconds until the next try where no connection can be taken."""
+CLOSE_SECONDS = 1.0
+"""What a connection that has to make room may take to close."""
 QUICKLY = 1
 """gzip's level; higher ones take longer than they save."""
 
@@ -127,14 +138,64 @@ class MetricsServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """One thread a scrape; none of them keeps the process alive."""
+    """One thread a connection; none of them keeps the process alive.
+
+    There are at most `METRICS` connections: a new one makes room for itself by closing the one that has been
+    without a request for longest. So a scrape is answered however many clients are silent.
+    """
 
     daemon_threads = True
+    request_queue_size = 128  # by default 5, and whoever comes next waits for a second
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._connections: dict[socket.socket, None] = {}
+        """Those whose last request is longest ago come first."""
+        self._changed = Condition()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; an error that passes only with time is not met at once again."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            log.warning("cannot take a connection to the metrics port: %s", error.strerror)
+            time.sleep(ACCEPT_PAUSE)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Make room for a connection; tells whether there is some."""
+        with self._changed:
+            if len(self._connections) >= METRICS:
+                with suppress(OSError):  # the client has closed it
+                    next(iter(self._connections)).shutdown(socket.SHUT_RDWR)  # ends its thread
+                self._changed.wait_for(lambda: len(self._connections) < METRICS, CLOSE_SECONDS)
+            if len(self._connections) >= METRICS:
+                return False
+            self._connections[request] = None
+        return True
+
+    def note_request(self, connection: socket.socket) -> None:
+        """Take in that a request has come on this connection."""
+        with self._changed:
+            self._connections[connection] = self._connections.pop(connection)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        super().shutdown_request(request)
+        with self._changed:
+            self._connections.pop(request, None)
+            self._changed.notify()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what ended a connection; that it broke is no news."""
+        level = logging.DEBUG if isinstance(sys.exception(), OSError) else logging.ERROR
+        log.log(level, "a connection to the metrics port ended", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection."""
 
+    server: _Server
     exposition: ClassVar[Exposition]
     protocol_version = "HTTP/1.1"  # connections are kept
     disable_nagle_algorithm = True
@@ -152,6 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_head(self) -> bytes:
         """Send status and headers; returns the body that they are of."""
+        self.server.note_request(self.connection)
         openmetrics = prefers_openmetrics(self._field("Accept"))
         body = self.exposition.write(openmetrics=openmetrics)
         self.send_response(200)

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from fusewire.service.auth import CredentialError
 from fusewire.service.certificates import not_after
 from fusewire.service.config import ServeConfig
+from fusewire.service.connection_limits import ConnectionLimits, TooFewFilesError, limit_connections
 from fusewire.service.exposition import MetricsServer
 from fusewire.service.front_ends import FrontEnds, SharedServing
 from fusewire.service.logs import SERVER_TEXT, LogLevel, set_up
@@ -94,10 +95,14 @@ class Server:
         """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
 
         Raises:
-            StartError: if a port is taken, a credential's file cannot be used, traces cannot be made or
-                there is no folder for the engine's socket.
+            StartError: if a port is taken, a credential's file cannot be used, traces cannot be made, too
+                few files may be open or there is no folder for the engine's socket.
         """
         config = self._config
+        try:
+            limits = limit_connections(config.frontends)
+        except TooFewFilesError as error:
+            raise StartError(str(error)) from error
         if config.otlp_endpoint:
             try:
                 self._tracer = open_tracer(config.otlp_endpoint)
@@ -109,9 +114,9 @@ class Server:
             await self._stop_tracer()
             raise
         if config.frontends > 1:
-            self._share_the_port()
+            self._share_the_port(limits)
         else:
-            self._serve_alone()
+            self._serve_alone(limits)
         try:
             await self._front_end.start()
             if self._front_ends is not None:
@@ -174,7 +179,7 @@ class Server:
             options = "--metrics-host, --metrics-port"
             raise cannot_listen(config.metrics_host, config.metrics_port, options, error) from error
 
-    def _serve_alone(self) -> None:
+    def _serve_alone(self, limits: ConnectionLimits) -> None:
         """Answer every call in this process."""
         self._metrics = Metrics(public_name(self._config), lambda: self.serving.oldest_waiting())
         self._registry = self._metrics.registry
@@ -190,9 +195,9 @@ class Server:
             on_log_level=self._spread_log_level,
             tracer=self._tracer,
         )
-        self._front_end = FrontEnd(self._config, self.serving)
+        self._front_end = FrontEnd(self._config, self.serving, limits)
 
-    def _share_the_port(self) -> None:
+    def _share_the_port(self, limits: ConnectionLimits) -> None:
         """Leave the public port to workers; answer the operator here and show all metrics as one."""
         folder = Path(self._folder.name) / "metrics"
         self._front_ends = FrontEnds(
@@ -218,7 +223,7 @@ class Server:
             on_log_level=self._spread_log_level,
             tracer=self._tracer,
         )
-        self._front_end = FrontEnd(self._config, self.serving, with_public=False)
+        self._front_end = FrontEnd(self._config, self.serving, limits, with_public=False)
 
     def _show_certificate(self, file: str) -> None:
         try:

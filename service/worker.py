@@ -14,6 +14,7 @@ import uvloop
 
 from fusewire.service.auth import CredentialError
 from fusewire.service.config import ServeConfig
+from fusewire.service.connection_limits import ConnectionLimits, file_limit
 from fusewire.service.logs import WORKER_TEXT, set_level, set_up
 from fusewire.service.messages import SetLogLevel
 from fusewire.service.metrics import RequestMetrics
@@ -106,7 +107,8 @@ class Worker:
         config = start.config
         name = public_name(config)
         self._serving = WorkerServing(config, name, Path(start.socket_path), say)
-        self._front_end = FrontEnd(config, self._serving, with_admin=False)
+        limits = ConnectionLimits.within(file_limit(), config.frontends)
+        self._front_end = FrontEnd(config, self._serving, limits, with_admin=False)
         self._say = say
         self._status_seconds = min(STATUS_SECONDS, config.engine_timeout / 4 or STATUS_SECONDS)
         self._tasks: set[asyncio.Task[None]] = set()

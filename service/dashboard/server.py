@@ -5,6 +5,7 @@ is the admin port's, and a comparison the public port's. Knows who listens where
 `fusewire.service.dashboard.guards`, what is shown is `fusewire.service.dashboard.state`.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,6 +21,7 @@ from google.protobuf.json_format import Parse, ParseError
 from google.protobuf.message import Message
 from prometheus_client.registry import Collector
 
+from fusewire.service.connection_limits import DASHBOARD
 from fusewire.service.dashboard.errors import Handler, answer_errors, describe, status_of
 from fusewire.service.dashboard.guards import Door, check_source
 from fusewire.service.dashboard.state import State, plain
@@ -35,6 +37,8 @@ Request = TypeVar("Request", bound=Message)
 
 HOST = "127.0.0.1"
 """No other is offered: the page is plain HTTP."""
+KEEP_SECONDS = 75.0
+"""A connection without a request is closed after these, by default after an hour."""
 CLOSE_SECONDS = 2.0
 """What requests that still run get when the dashboard stops."""
 PAGE: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -82,6 +86,7 @@ class Dashboard:
         self._admin_service = AdminService(serving)
         self._generation_service = GenerationService(serving)
         self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Listen and answer.
@@ -99,20 +104,31 @@ class Dashboard:
             handle_signals=False,
             handler_cancellation=True,  # a comparison ends when nobody reads it any more
             shutdown_timeout=CLOSE_SECONDS,
+            keepalive_timeout=KEEP_SECONDS,
         )
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, HOST, self.port).start()
+            self._listener = await asyncio.get_running_loop().create_server(self._take, HOST, self.port)
         except OSError as error:
             await self.stop()
             raise cannot_listen(HOST, self.port, "--dashboard-port", error) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = self._listener.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Stop listening; requests that still run after a short grace are cancelled."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    def _take(self) -> asyncio.BaseProtocol:
+        """Serve a new connection, or close it if there are too many."""
+        assert self._runner is not None
+        server = self._runner.server
+        assert server is not None
+        return server() if len(server.connections) < DASHBOARD else _Closed()
 
     def _make_app(self) -> web.Application:
         app = web.Application(
@@ -174,6 +190,14 @@ class Dashboard:
                 await stream.write(_event("error", describe(failure.code, failure.message)))
         await stream.write_eof()
         return stream
+
+
+class _Closed(asyncio.Protocol):
+    """A connection that is closed at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Close it."""
+        transport.close()
 
 
 async def _send_all(

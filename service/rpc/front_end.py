@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from fusewire.service.auth import BearerTokens, server_credentials
 from fusewire.service.config import ServeConfig
+from fusewire.service.connection_limits import ConnectionLimits
 from fusewire.service.rpc import reflection
 from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.generation import GenerationService
@@ -70,17 +71,24 @@ class FrontEnd:
     Args:
         config: the server's options.
         serving: what the RPCs share.
+        limits: how many connections each port takes.
         with_public: whether to serve the public port.
         with_admin: whether to serve the admin port.
     """
 
     def __init__(
-        self, config: ServeConfig, serving: Serving, with_public: bool = True, with_admin: bool = True
+        self,
+        config: ServeConfig,
+        serving: Serving,
+        limits: ConnectionLimits,
+        with_public: bool = True,
+        with_admin: bool = True,
     ) -> None:
         self.port = config.port
         self.admin_port = config.admin_port
         self._config = config
         self._serving = serving
+        self._limits = limits
         self._with_public = with_public
         self._with_admin = with_admin
         self._servers: list[grpc.aio.Server] = []
@@ -92,18 +100,20 @@ class FrontEnd:
             ListenError: if a port cannot be bound.
             CredentialError: if a token file or a TLS file cannot be used.
         """
-        config, serving = self._config, self._serving
+        config, serving, limits = self._config, self._serving, self._limits
         public_file, admin_file = config.auth_token_file, config.admin_token_file
         if self._with_public:
             public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
             shared = config.frontends > 1
             gate = _gate(public_file, admin_file)
-            self.port = await self._listen(config.host, config.port, "--host, --port", gate, public, shared)
+            self.port = await self._listen(
+                config.host, config.port, "--host, --port", gate, public, limits.public, shared
+            )
         if self._with_admin:
             admin = {ADMIN: AdminService(serving)}
             gate = _gate(admin_file, public_file)
             self.admin_port = await self._listen(
-                config.admin_host, config.admin_port, "--admin-host, --admin-port", gate, admin
+                config.admin_host, config.admin_port, "--admin-host, --admin-port", gate, admin, limits.admin
             )
 
     async def stop(self, grace_seconds: float) -> None:
@@ -119,6 +129,7 @@ class FrontEnd:
         options: str,
         gate: Gate,
         services: Mapping[ServiceDescriptor, object],
+        connections: int,
         shared: bool = False,
     ) -> int:
         """Serve some services on a port; unless it is shared, a second server on it must fail."""
@@ -145,6 +156,9 @@ class FrontEnd:
         handlers.append(UnknownMethods(metrics))  # the last one is asked last
         channel_options = (
             *CHANNEL_OPTIONS,
+            ("grpc.max_allowed_incoming_connections", max(1, connections // _count_addresses(host))),
+            ("grpc.max_connection_idle_ms", int(self._limits.idle_seconds * 1000)),
+            ("grpc.server_handshake_timeout_ms", int(self._limits.handshake_seconds * 1000)),
             ("grpc.so_reuseport", int(shared)),
             ("grpc.max_receive_message_length", self._config.max_request_bytes),
         )
@@ -167,6 +181,15 @@ class FrontEnd:
             except OSError as error:
                 raise cannot_listen(host, port, options, error) from failure
             raise ListenError(f"cannot listen on {address} ({options}): {failure}") from failure
+
+
+def _count_addresses(host: str) -> int:
+    """How many addresses a name stands for: gRPC listens on each, and counts connections by address."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except socket.gaierror:  # the attempt to bind it says so
+        return 1
+    return len({where for *_, where in found})
 
 
 def _address(host: str, port: int) -> str:

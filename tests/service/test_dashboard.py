@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from fusewire.service.auth import CredentialError
+from fusewire.service.connection_limits import DASHBOARD
 from fusewire.service.dashboard import Dashboard
 from fusewire.service.dashboard.errors import HTTP_STATUSES
 from fusewire.service.rpc.front_end import ListenError
@@ -331,6 +332,26 @@ def test_head_is_answered_as_get_without_the_body(tmp_path: Path) -> None:
             async with client.session.head(client.origin + path) as reply:
                 assert (reply.status, await reply.read()) == (status, b"")
                 assert int(reply.headers["Content-Length"]) > 0
+
+    run(tmp_path, body)
+
+
+def test_connections_beyond_those_it_takes_are_closed(tmp_path: Path) -> None:
+    async def body(client: Page) -> None:
+        port = int(client.origin.rsplit(":", 1)[1])
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(DASHBOARD)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        for _, each in (*silent, (reader, writer)):
+            each.close()
+        await until(lambda: silent[0][0].at_eof() or silent[0][1].is_closing())
+        for _ in range(100):  # the server notices soon that there is room again
+            try:
+                status, _ = await client.get("/api/state")
+                break
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.05)
+        assert status == 200
 
     run(tmp_path, body)
 

@@ -1,9 +1,14 @@
 """What a scraper gets: the same as prometheus_client would write, in the format that it asked for."""
 
 import gzip
+import socket
+import struct
+import subprocess
+import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection, HTTPResponse
 
 import pytest
@@ -12,6 +17,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service.connection_limits import METRICS
 from fusewire.service.exposition import Exposition, MetricsServer
 from fusewire.service.messages import Events, StepReport
 from fusewire.service.metrics import Metrics
@@ -166,3 +172,61 @@ def test_a_connection_is_kept_and_tells_what_changed(server: MetricsServer, metr
 def test_a_port_in_use_is_an_error(server: MetricsServer) -> None:
     with pytest.raises(OSError, match="in use"):
         MetricsServer(server.port, "127.0.0.1", CollectorRegistry())
+
+
+def test_silent_connections_make_room_for_scrapes(server: MetricsServer, connection: HTTPConnection) -> None:
+    """However many there are, they hold a bounded number of threads, and those who ask last are kept."""
+    with ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            for _ in range(3 * METRICS)
+        ]
+        ask(connection)
+        kept = connection.sock
+        more = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            for _ in range(METRICS - 1)
+        ]
+        assert b"fusewire_preemptions" in ask(connection)[1]
+        assert connection.sock is kept
+        assert silent[0].recv(1) == silent[-1].recv(1) == b""  # closed by the server
+        more[-1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert more[-1].recv(12) == b"HTTP/1.1 200"
+    assert sum("process_request" in thread.name for thread in threading.enumerate()) <= METRICS
+
+
+def test_clients_that_leave_in_the_middle_are_no_news(
+    server: MetricsServer, connection: HTTPConnection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as leaving:
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    ask(connection)
+    assert capsys.readouterr().err == ""
+
+
+WITHOUT_FILES = """
+import os, resource, socket, sys, time
+from prometheus_client import CollectorRegistry
+from fusewire.service.exposition import MetricsServer
+server = MetricsServer(0, "127.0.0.1", CollectorRegistry())
+server.start()
+client = socket.socket()
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, 4096))
+client.connect(("127.0.0.1", server.port))
+before = time.process_time()
+time.sleep(2)
+spent = time.process_time() - before
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+client.sendall(b"GET / HTTP/1.1\\r\\n\\r\\n")
+print(spent, client.recv(12))
+"""
+
+
+def test_without_a_file_descriptor_it_waits_for_one_and_takes_no_time() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FILES], capture_output=True, text=True, check=True)
+    spent, answer = done.stdout.split(maxsplit=1)
+    assert float(spent) < 0.5  # of two seconds, which a loop without a pause would take
+    assert answer == "b'HTTP/1.1 200'\n"
+    assert "cannot take a connection to the metrics port: Too many open files" in done.stderr

@@ -18,6 +18,7 @@ import grpc
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.batch import Row, Sampled, Seating, Step
 from fusewire.service.config import ServeConfig
+from fusewire.service.connection_limits import ConnectionLimits
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
 from fusewire.service.engine.engine import Engine
@@ -149,7 +150,13 @@ class LocalEngine:
 class Rig:
     """A front end under test, its engine and a client's channel to each port."""
 
-    def __init__(self, folder: Path, tracer: Tracer | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tracer: Tracer | None = None,
+        limits: ConnectionLimits | None = None,
+        **config: Any,
+    ) -> None:
         self.socket_path = folder / "engine.sock"
         self.config = ServeConfig(port=0, admin_port=0, metrics_port=0, **config)
         self.routings: list[Routing] = []
@@ -165,7 +172,7 @@ class Rig:
             on_log_level=self.log_levels.append,
             tracer=tracer,
         )
-        self.front_end = FrontEnd(self.config, self.serving)
+        self.front_end = FrontEnd(self.config, self.serving, limits or ConnectionLimits())
         self.engine: LocalEngine | None = None
 
     @property

@@ -42,14 +42,24 @@ def stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 
 
 class ServerProcess:
-    """`fusewire serve` on free loopback ports; a context manager that waits until it serves."""
+    """`fusewire serve` on free loopback ports; a context manager that waits until it serves.
+
+    Args:
+        log: where its output goes.
+        options: of the command.
+        wait: whether to wait until it serves.
+        most_files: soft and hard limit of the files that it may have open; unset takes this process's.
+    """
 
     command: tuple[str, ...] = ("fusewire.service.cli", "serve")
 
-    def __init__(self, log: Path, *options: str, wait: bool = True) -> None:
+    def __init__(
+        self, log: Path, *options: str, wait: bool = True, most_files: tuple[int, int] | None = None
+    ) -> None:
         self.port, self.admin_port, self.metrics_port = free_ports(3)
         self.log = log
         self._wait = wait
+        self._prefix = () if most_files is None else ("prlimit", "--nofile={}:{}".format(*most_files))
         self._options = options
 
     def __enter__(self) -> Self:
@@ -57,7 +67,7 @@ class ServerProcess:
         arguments = [text for name, port in ports.items() for text in (f"--{name}", str(port))]
         self._output = self.log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *self.command, *arguments, *self._options],
+            [*self._prefix, sys.executable, "-m", *self.command, *arguments, *self._options],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={name: value for name, value in os.environ.items() if not name.startswith("FUSEWIRE_")},
