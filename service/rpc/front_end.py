@@ -31,12 +31,20 @@ SERVICE_NAMES = [service.full_name for service in (GENERATION, MODEL, ADMIN)]
 
 FLUSH_SECONDS = 2.0
 """What calls get to send their last messages, once every generation has ended."""
+PENDING_CALLS = 16_384
+"""Calls of one port that may wait for Python's event loop; 16 KB each, so 260 MB if it stands still.
+
+Beyond its own default, 1000, gRPC cancels calls without a word and uncounted; to refuse some is for the
+handlers, which say why and when to try again.
+"""
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),  # the handlers refuse what is too long, by a status
     ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and lets clients do the same
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server.max_pending_requests", PENDING_CALLS),  # gRPC begins to drop some here,
+    ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),  # and all there
 )
 
 
