@@ -83,10 +83,11 @@ class FrontEnds:
         self._reservation = reserve_port(self._config.host, self._config.port)
         self.port = self._reservation.getsockname()[1]
         config = msgspec.structs.replace(self._config, port=self.port)
-        start = Start(config, str(self._socket_path))
         environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._metrics_folder)}
         self._workers = [
-            _Worker(f"front end {number}", start, environment, self._let_serve, self._on_failure)
+            _Worker(
+                Start(config, str(self._socket_path), number), environment, self._let_serve, self._on_failure
+            )
             for number in range(1, config.frontends + 1)
         ]
         for worker in self._workers:
@@ -147,21 +148,20 @@ class _Worker(ChildSupervisor):
 
     def __init__(
         self,
-        name: str,
         start: Start,
         environment: dict[str, str],
         on_ready: Callable[[], None],
         on_failure: Callable[[str], None],
     ) -> None:
+        self.name = f"front end {start.number}"
         super().__init__(
-            name,
+            self.name,
             ("fusewire.service.worker",),
             environment,
             has_output=True,
             on_exit=self._note_exit,
             on_failure=self._give_up,
         )
-        self.name = name
         self.listening: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_ready = False
         self.status = IDLE

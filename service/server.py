@@ -8,10 +8,8 @@ the engine process's.
 
 import asyncio
 import logging
-import os
 import signal
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,6 +34,7 @@ from fusewire.service.rpc.front_end import (
     cannot_listen,
 )
 from fusewire.service.rpc.serving import Serving
+from fusewire.service.run_folder import FolderError, RunFolder, remove_abandoned
 from fusewire.service.shared_metrics import Scrape
 from fusewire.service.supervisor import EngineSupervisor, fail_at_end
 from fusewire.service.tracing import Tracer, TracingError, open_tracer
@@ -47,8 +46,6 @@ log = logging.getLogger(__name__)
 
 MAX_STARTS = 3
 """An engine that ends so many times without having been ready is given up."""
-MAX_SOCKET_PATH_BYTES = 107
-"""Linux has no room for more in the address of a unix socket."""
 
 
 class StartError(RuntimeError):
@@ -95,8 +92,8 @@ class Server:
         """Listen on all ports and begin to load; health says NOT_SERVING until that is done.
 
         Raises:
-            StartError: if a port is taken, a credential's file cannot be used, traces cannot be made, too
-                few files may be open or there is no folder for the engine's socket.
+            StartError: if a port is taken, a credential's file cannot be used, traces cannot be made,
+                too few files may be open, or TMPDIR has no room for what the server keeps there.
         """
         config = self._config
         try:
@@ -157,19 +154,14 @@ class Server:
         fail_at_end(self._watching, "nobody watches the engine any more", self._fail)
 
     def _make_folder(self) -> None:
-        """Make a private folder, 0700, for the engine's socket and the workers' metrics."""
+        """Make a private folder for the engine's socket and, with workers, the files they count in."""
+        config = self._config
+        remove_abandoned()
         try:
-            self._folder = TemporaryDirectory(prefix="fusewire-")
-            (Path(self._folder.name) / "metrics").mkdir()
-        except OSError as error:
-            raise StartError(f"TMPDIR: cannot make a folder for the engine's socket: {error}") from error
-        self._socket_path = Path(self._folder.name) / "engine.sock"
-        if len(os.fsencode(self._socket_path)) > MAX_SOCKET_PATH_BYTES:
-            self._folder.cleanup()
-            raise StartError(
-                f"TMPDIR: the engine's socket would be {self._socket_path}, and the path of a socket has at "
-                f"most {MAX_SOCKET_PATH_BYTES} bytes"
-            )
+            self._folder = RunFolder(config.frontends if config.frontends > 1 else 0, public_name(config))
+        except FolderError as error:
+            raise StartError(f"TMPDIR: {error}") from error
+        self._socket_path = self._folder.socket_path
 
     def _listen_for_scrapes(self) -> MetricsServer:
         config = self._config
@@ -199,17 +191,16 @@ class Server:
 
     def _share_the_port(self, limits: ConnectionLimits) -> None:
         """Leave the public port to workers; answer the operator here and show all metrics as one."""
-        folder = Path(self._folder.name) / "metrics"
         self._front_ends = FrontEnds(
             self._config,
             self._socket_path,
-            folder,
+            self._folder.path,
             on_ready=lambda: serving.note_workers_ready(),
             on_failure=self._fail,
         )
         self._metrics = Metrics(public_name(self._config), self._front_ends.oldest_waiting)
         self._registry = CollectorRegistry()
-        self._registry.register(Scrape(self._metrics.registry, folder))
+        self._registry.register(Scrape(self._metrics.registry, self._folder.count_files))
         self.serving = serving = SharedServing(
             self._config,
             public_name(self._config),
@@ -239,7 +230,7 @@ class Server:
         if self._front_ends is not None:
             await self._front_ends.stop()
         await self._stop_tracer()
-        self._folder.cleanup()
+        self._folder.remove()
 
     # ---- loading ----
 
@@ -349,7 +340,7 @@ class Server:
             await self._supervisor.stop()
         await self._stop_tracer()
         await asyncio.to_thread(self._scrapes.stop)
-        self._folder.cleanup()
+        self._folder.remove()
         log.info("stopped")
 
     async def _stop_tracer(self) -> None:

@@ -1,11 +1,13 @@
 """Adds up what several front ends count, each in files of its own, and what this process counts.
 
-prometheus_client keeps a process's counters and histograms in a file where PROMETHEUS_MULTIPROC_DIR is set,
+prometheus_client keeps a process's counters and histograms in files where PROMETHEUS_MULTIPROC_DIR is set,
 and has a collector for such files; this one parses a file's names once and not at every scrape, which is
-most of the cost. Only counters and histograms are shared so. Knows no metric in particular.
+most of the cost. A front end's files have its number in their names, so one that is started again goes on
+with them. Only counters and histograms are shared so. Knows no metric in particular.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
@@ -14,25 +16,59 @@ from struct import Struct, unpack_from
 from threading import Lock
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Metric, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.samples import Sample
+
+FILE_BYTES = {"counter": 1 << 18, "histogram": 1 << 19}
+"""By kind of metric, more than twice what the keys and values of all series take."""
+SERIES_WITH_NAME = 1024
+"""More than the keys that hold the model's name."""
+
+
+def make_count_files(folder: Path, front_ends: int, model_name: str) -> list[Path]:
+    """Make the files in which front ends count, with room on the disk for all that they will ever hold.
+
+    prometheus_client maps them, and a write to a map that the disk has no room for ends the process.
+
+    Args:
+        folder: the front ends' PROMETHEUS_MULTIPROC_DIR.
+        front_ends: how many there are; their numbers begin at 1.
+        model_name: the value of the label `model_name`.
+
+    Raises:
+        OSError: if there is no room.
+    """
+    name_bytes = SERIES_WITH_NAME * len(json.dumps(model_name))
+    files = []
+    for number in range(1, front_ends + 1):
+        for kind, size in FILE_BYTES.items():
+            path = folder / f"{kind}_{number}.db"
+            with path.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, size + name_bytes)
+            files.append(path)
+    return files
+
+
+def count_in_files(number: int) -> None:
+    """Let the metrics that this process makes from now on count in the files of a front end."""
+    values.ValueClass = values.MultiProcessValue(lambda: number)
 
 
 class Scrape:
     """One exposition of this process's metrics and those of the workers that keep theirs in files.
 
-    A worker leaves its counts behind when it dies, so no series ever goes back. Threads that collect take
-    turns.
+    A worker leaves its counts behind when it dies, and the next one goes on with them, so no series ever
+    goes back. Threads that collect take turns.
 
     Args:
         own: the registry of this process; has every family that the workers have.
-        folder: the workers' PROMETHEUS_MULTIPROC_DIR.
+        files: where the workers count.
     """
 
-    def __init__(self, own: CollectorRegistry, folder: Path) -> None:
+    def __init__(self, own: CollectorRegistry, files: Iterable[Path]) -> None:
         self._own = own
-        self._workers = _WorkerCounts(folder)
+        self._workers = _WorkerCounts(files)
         self._pairings: dict[str, _Pairing] = {}
         self._lock = Lock()
 
@@ -98,11 +134,10 @@ class _Pairing:
 
 
 class _WorkerCounts:
-    """The sums over all files of a folder."""
+    """The sums over all files."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[Path, _CountFile] = {}
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = [_CountFile(path) for path in files]
         self._families: dict[str, list[_Child]] = {}
         self._series: dict[str, list[_Series]] = {}
         self._known = 0
@@ -111,10 +146,7 @@ class _WorkerCounts:
     def read(self) -> dict[str, _Counts]:
         """The sums of every family."""
         totals: dict[str, float] = {}
-        for path in sorted(self._folder.glob("*.db")):
-            if not path.stat().st_size:  # is being made
-                continue
-            file = self._files.get(path) or self._files.setdefault(path, _CountFile(path))
+        for file in self._files:
             for key, value in file.read():
                 totals[key] = totals.get(key, 0.0) + value
         if len(totals) != self._known:
@@ -134,7 +166,8 @@ class _CountFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._map = self._open()
+        with path.open("rb") as file:
+            self._map = mmap(file.fileno(), 0, access=ACCESS_READ)
         self._used = 0
         self._keys: list[str] = []
         self._values = Struct("")
@@ -143,16 +176,11 @@ class _CountFile:
         """The value of each key; a key is the JSON of family, sample, labels and help."""
         (used,) = unpack_from("i", self._map)
         if used != self._used:
-            self._map = self._open()  # the file may have outgrown the map
             entries = list(MmapedDict.read_all_values_from_file(str(self._path)))
             self._keys = [key for key, _, _, _ in entries]
             self._values = _values_at([place for _, _, _, place in entries])
             self._used = used
         return zip(self._keys, self._values.unpack_from(self._map), strict=True)
-
-    def _open(self) -> mmap:
-        with self._path.open("rb") as file:
-            return mmap(file.fileno(), 0, access=ACCESS_READ)
 
 
 def _values_at(places: list[int]) -> Struct:

@@ -21,6 +21,7 @@ from fusewire.service.metrics import RequestMetrics
 from fusewire.service.model_source import public_name
 from fusewire.service.rpc.front_end import FLUSH_SECONDS, SERVICE_NAMES, FrontEnd, ListenError
 from fusewire.service.rpc.serving import Serving
+from fusewire.service.shared_metrics import count_in_files
 from fusewire.service.supervisor import EXIT_UNUSABLE
 from fusewire.service.tracing import open_tracer
 from fusewire.service.worker_messages import (
@@ -54,6 +55,7 @@ async def _run() -> int:
     start = decode_to_worker(await lines.readline())
     assert isinstance(start, Start)
     set_up("worker", start.config.log_level, start.config.log_format, WORKER_TEXT)
+    count_in_files(start.number)
     return await Worker(start, lambda message: output.write(encode_line(message))).run(lines)
 
 

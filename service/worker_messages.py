@@ -24,6 +24,8 @@ class Start(_Message, frozen=True):
     """With the real public port."""
     socket_path: str
     """Where the engine listens."""
+    number: int
+    """Which of the front ends this is; from 1 on."""
 
 
 class Serve(_Message, frozen=True):

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from fusewire.service.messages import (
     Token,
 )
 from fusewire.service.metrics import CODES, REJECTIONS, Metrics, RequestAccount
-from fusewire.service.shared_metrics import Scrape
+from fusewire.service.shared_metrics import FILE_BYTES, Scrape, make_count_files
 from tests.tools.front_end_rig import describe
 
 REQUEST_HISTOGRAMS = [
@@ -399,8 +400,10 @@ def test_many_values_at_once_count_like_one_by_one() -> None:
 WORKER = """
 import sys
 from fusewire.service.metrics import RequestMetrics
+from fusewire.service.shared_metrics import count_in_files
 from fusewire.service.messages import Events, StepReport, Token
 from fusewire.kernels.modes import KernelMode
+count_in_files(int(sys.argv[1]))
 metrics = RequestMetrics("m")
 metrics.observe_rejected("draining")
 metrics.rpc.method("unary", "s", "m").observe_handled("OK", 0.5)
@@ -413,19 +416,21 @@ for at in (1.0, 1.25):
 GROWING_WORKER = """
 import sys
 from fusewire.service.metrics import RequestMetrics
+from fusewire.service.shared_metrics import count_in_files
+count_in_files(1)
 metrics = RequestMetrics("m")
-for number in range(600):
+for number in range(40):
     metrics.rpc.method("unary", "s", f"m{number}").started.inc()
-    if number in (0, 1, 599):
+    if number in (0, 1, 39):
         print(flush=True)
         sys.stdin.readline()
 """
 
 
-def test_a_scrape_follows_a_worker_whose_file_grows(tmp_path: Path) -> None:
+def test_a_scrape_follows_a_worker_that_makes_new_series(tmp_path: Path) -> None:
     own = Metrics("m")
     registry = CollectorRegistry()
-    registry.register(Scrape(own.registry, tmp_path))
+    registry.register(Scrape(own.registry, make_count_files(tmp_path, 1, "m")))
     assert registry.get_sample_value("fusewire_preemptions_total") == 0
     process = subprocess.Popen(
         [sys.executable, "-c", GROWING_WORKER],
@@ -435,13 +440,13 @@ def test_a_scrape_follows_a_worker_whose_file_grows(tmp_path: Path) -> None:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    for number in (1, 2, 600):
+    for number in (1, 2, 40):
         process.stdout.readline()
         own.rpc.method("unary", "s", "m0").started.inc()
         found = {family.name: family for family in registry.collect()}["grpc_server_started"]
         values = {sample.labels["grpc_method"]: sample.value for sample in found.samples}
         assert len(values) == number
-        assert sum(values.values()) == number + {1: 1, 2: 2, 600: 3}[number]
+        assert sum(values.values()) == number + {1: 1, 2: 2, 40: 3}[number]
         process.stdin.write(b"\n")
         process.stdin.flush()
     process.communicate()
@@ -451,15 +456,16 @@ def test_a_scrape_follows_a_worker_whose_file_grows(tmp_path: Path) -> None:
 
 
 def test_a_scrape_adds_up_what_workers_count_and_nothing_twice(tmp_path: Path) -> None:
-    """Each worker is a process of its own, and is gone when its counts are read."""
+    """Each worker is a process of its own, and is gone when its counts are read; the first one came back."""
     own = Metrics("m")
     own.rpc.method("unary", "s", "m").observe_handled("OK", 0.25)
     own.observe_step(report([], preemptions=2))
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", WORKER], env=environment, check=True)
+    files = make_count_files(tmp_path, 2, "m")
+    for number in ("1", "2", "1"):
+        subprocess.run([sys.executable, "-c", WORKER, number], env=environment, check=True)
     registry = CollectorRegistry()
-    registry.register(Scrape(own.registry, tmp_path))
+    registry.register(Scrape(own.registry, files))
     text = generate_latest(registry).decode()
     found = {family.name: family for family in text_string_to_metric_families(text)}
     assert found.keys() == families(own).keys()
@@ -470,18 +476,53 @@ def test_a_scrape_adds_up_what_workers_count_and_nothing_twice(tmp_path: Path) -
     def count(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, labels)
 
-    assert count("fusewire_generation_tokens_total") == 4
-    assert count("fusewire_requests_rejected_total", reason="draining") == 2
+    assert count("fusewire_generation_tokens_total") == 6
+    assert count("fusewire_requests_rejected_total", reason="draining") == 3
     assert count("fusewire_requests_rejected_total", reason="queue_full") == 0
     gaps = {"model_name": "m", "kernel_mode": "fused"}
-    assert count("fusewire_inter_token_latency_seconds_sum", **gaps) == 0.5
-    assert count("fusewire_inter_token_latency_seconds_count", **gaps) == 2
+    assert count("fusewire_inter_token_latency_seconds_sum", **gaps) == 0.75
+    assert count("fusewire_inter_token_latency_seconds_count", **gaps) == 3
     assert count("fusewire_inter_token_latency_seconds_bucket", le="0.2", **gaps) == 0
-    assert count("fusewire_inter_token_latency_seconds_bucket", le="+Inf", **gaps) == 2
+    assert count("fusewire_inter_token_latency_seconds_bucket", le="+Inf", **gaps) == 3
     rpc = {"grpc_type": "unary", "grpc_service": "s", "grpc_method": "m"}
-    assert count("grpc_server_handled_total", grpc_code="OK", **rpc) == 3
-    assert count("grpc_server_handling_seconds_sum", **rpc) == 1.25
+    assert count("grpc_server_handled_total", grpc_code="OK", **rpc) == 4
+    assert count("grpc_server_handling_seconds_sum", **rpc) == 1.75
     assert count("fusewire_preemptions_total") == 2
     assert count("fusewire_requests_running") == 2
     steps = {"phase": "decode", "kernel_mode": "fused"}
     assert count("fusewire_engine_step_duration_seconds_count", **steps) == 1
+
+
+FULL_WORKER = """
+import asyncio
+import sys
+from pathlib import Path
+from fusewire.service.config import ServeConfig
+from fusewire.service.connection_limits import ConnectionLimits
+from fusewire.service.rpc.front_end import FrontEnd
+from fusewire.service.shared_metrics import count_in_files
+from fusewire.service.worker import WorkerServing
+async def main(name):
+    config = ServeConfig(port=0, served_model_name=name)
+    serving = WorkerServing(config, name, Path("none"), print)
+    front_end = FrontEnd(config, serving, ConnectionLimits(), with_admin=False)
+    await front_end.start()
+    await front_end.stop(0)
+count_in_files(1)
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("name", ["m", "日" * 300])
+def test_all_that_a_worker_counts_fits_its_files_twice(tmp_path: Path, name: str) -> None:
+    """They must never grow: the disk may have no room by then."""
+    files = make_count_files(tmp_path, 1, name)
+    sizes = {file: file.stat().st_size for file in files}
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", FULL_WORKER, name], env=environment, check=True)
+    assert set(tmp_path.iterdir()) == set(files)
+    for file, bound in zip(files, FILE_BYTES.values(), strict=True):
+        (used,) = struct.unpack("i", file.read_bytes()[:4])
+        for_names = sizes[file] - bound
+        assert bound / 8 < used < for_names + bound / 2
+        assert file.stat().st_size == sizes[file] <= 512 * file.stat().st_blocks
