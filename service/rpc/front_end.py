@@ -3,6 +3,7 @@
 Knows which services are on which port, and no RPC.
 """
 
+import asyncio
 import os
 import socket
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from fusewire.service.auth import BearerTokens, server_credentials
 from fusewire.service.config import ServeConfig
 from fusewire.service.connection_limits import ConnectionLimits
+from fusewire.service.memory import keep_giving_back
 from fusewire.service.rpc import reflection
 from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.generation import GenerationService
@@ -100,6 +102,7 @@ class FrontEnd:
         self._with_public = with_public
         self._with_admin = with_admin
         self._servers: list[grpc.aio.Server] = []
+        self._tidying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listen and answer; `port` and `admin_port` are real from now on.
@@ -109,6 +112,7 @@ class FrontEnd:
             CredentialError: if a token file or a TLS file cannot be used.
         """
         config, serving, limits = self._config, self._serving, self._limits
+        self._tidying = asyncio.create_task(keep_giving_back(), name="memory")
         public_file, admin_file = config.auth_token_file, config.admin_token_file
         if self._with_public:
             public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
@@ -129,6 +133,10 @@ class FrontEnd:
         for server in self._servers:
             await server.stop(grace_seconds)
         self._servers.clear()
+        if self._tidying is not None:
+            self._tidying.cancel()
+            await asyncio.gather(self._tidying, return_exceptions=True)
+            self._tidying = None
 
     async def _listen(
         self,
