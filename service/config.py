@@ -170,6 +170,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             description="seconds of silence, while it owes an answer, until the engine is restarted; 0 never"
         ),
     ] = 300.0
+    stream_stall_seconds: Annotated[
+        Seconds,
+        Meta(description="seconds that a client may leave its stream unread, until it is ended; 0 for any"),
+    ] = 30.0
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
     max_request_bytes: Annotated[int, Meta(ge=1, lt=2**31, description="largest request message")] = 4 << 20
     max_response_bytes: Annotated[

@@ -40,12 +40,15 @@ class ConnectionLimits:
         public: most connections of the public port.
         admin: most connections of the admin port.
         idle_seconds: a connection without a call is closed after these.
+        age_seconds: a connection takes new calls for so long, and is closed after as long again. Nothing
+            else ends a call whose client does not read and answers pings.
         handshake_seconds: what a connection may take until TLS and HTTP/2 are agreed upon.
     """
 
     public: int = MAX_PUBLIC
     admin: int = ADMIN
     idle_seconds: float = 300.0
+    age_seconds: float = 3600.0
     handshake_seconds: float = 10.0
 
     @classmethod

@@ -63,7 +63,8 @@ class RequestEvents:
     """The events of one request, in order: `Scheduled`, `Token`s, and `Ended` last.
 
     Whatever arrives while the reader is busy is kept, so a slow reader gets several tokens at once.
-    What is kept is bounded by the request's own max_tokens. There is one reader.
+    What is kept is bounded by the request's own max_tokens; its length tells how much it is. There is one
+    reader.
     """
 
     __slots__ = ("_failure", "_ready", "_waiter", "sent_at")
@@ -73,6 +74,10 @@ class RequestEvents:
         self._ready: list[RequestEvent] = []
         self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineUnavailable | None = None
+
+    def __len__(self) -> int:
+        """How many events have arrived and were not taken."""
+        return len(self._ready)
 
     def put(self, event: RequestEvent) -> None:
         """Add an event and wake the reader."""
@@ -86,8 +91,8 @@ class RequestEvents:
         if self._waiter is not None:
             self._wake()
 
-    async def take(self) -> list[RequestEvent]:
-        """Wait for at least one event and return all that are there.
+    async def take(self, most: int | None = None) -> list[RequestEvent]:
+        """Wait for at least one event and return all that are there, or the first `most` of them.
 
         Raises:
             EngineUnavailable: if the engine died before the request ended.
@@ -100,7 +105,10 @@ class RequestEvents:
                 self._waiter = None
         if not self._ready and self._failure is not None:
             raise self._failure
-        events, self._ready = self._ready, []
+        if most is None or len(self._ready) <= most:
+            events, self._ready = self._ready, []
+        else:
+            events, self._ready = self._ready[:most], self._ready[most:]
         return events
 
     def _wake(self) -> None:

@@ -119,6 +119,10 @@ class FrontEnds:
         arrivals = [worker.status.oldest_waiting for worker in self._workers]
         return min((arrival for arrival in arrivals if arrival is not None), default=None)
 
+    def stalled_streams(self) -> int:
+        """How many calls are over but for a client that does not read. Safe from any thread."""
+        return sum(worker.status.stalled_streams for worker in self._workers)
+
     @property
     def silent_seconds(self) -> float:
         """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
@@ -312,6 +316,10 @@ class SharedServing(Serving):
     def silent_seconds(self) -> float:
         """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
         return max(super().silent_seconds, self._front_ends.silent_seconds)
+
+    def stalled_streams(self) -> int:
+        """How many calls are over but for a client that does not read, at the workers too."""
+        return super().stalled_streams() + self._front_ends.stalled_streams()
 
     async def drain(self, seconds: float) -> DrainResult:
         """Refuse new requests, here and at every front end, and wait for the running ones."""

@@ -169,9 +169,15 @@ class Metrics(RequestMetrics):
         model_name: the value of the label `model_name`.
         oldest_waiting: tells when the request that waits longest arrived, on the clock of
             `time.monotonic()`; None when none waits. Called from the thread that serves a scrape.
+        stalled_streams: tells how many calls are over but for a client that does not read; likewise.
     """
 
-    def __init__(self, model_name: str, oldest_waiting: Callable[[], float | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        oldest_waiting: Callable[[], float | None] = lambda: None,
+        stalled_streams: Callable[[], int] = lambda: 0,
+    ) -> None:
         super().__init__(model_name)
         self._engine = _EngineMetrics(self._make)
         self._mode = _KernelModeMetrics(self._make)
@@ -181,6 +187,9 @@ class Metrics(RequestMetrics):
         self._make.gauge(
             "oldest_waiting_request_age_seconds", "How long the first of the waiting requests has waited"
         ).set_function(lambda: _age(oldest_waiting()))
+        self._make.gauge(
+            "stalled_streams", "Calls that were ended because their clients do not read, and cannot be closed"
+        ).set_function(stalled_streams)
 
     def observe_step(self, report: StepReport) -> None:
         """Take in one report of the engine: its load, the step, and the tokens it brought."""

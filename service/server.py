@@ -173,7 +173,11 @@ class Server:
 
     def _serve_alone(self, limits: ConnectionLimits) -> None:
         """Answer every call in this process."""
-        self._metrics = Metrics(public_name(self._config), lambda: self.serving.oldest_waiting())
+        self._metrics = Metrics(
+            public_name(self._config),
+            lambda: self.serving.oldest_waiting(),
+            lambda: self.serving.stalled_streams(),
+        )
         self._registry = self._metrics.registry
         self.serving = Serving(
             self._config,
@@ -198,7 +202,9 @@ class Server:
             on_ready=lambda: serving.note_workers_ready(),
             on_failure=self._fail,
         )
-        self._metrics = Metrics(public_name(self._config), self._front_ends.oldest_waiting)
+        self._metrics = Metrics(
+            public_name(self._config), self._front_ends.oldest_waiting, lambda: serving.stalled_streams()
+        )
         self._registry = CollectorRegistry()
         self._registry.register(Scrape(self._metrics.registry, self._folder.count_files))
         self.serving = serving = SharedServing(

@@ -153,7 +153,13 @@ class Worker:
 
     async def _tell_status(self) -> None:
         while True:
-            self._say(Status(self._serving.oldest_waiting(), self._serving.silent_seconds))
+            self._say(
+                Status(
+                    self._serving.oldest_waiting(),
+                    self._serving.silent_seconds,
+                    self._serving.stalled_streams(),
+                )
+            )
             await asyncio.sleep(self._status_seconds)
 
 

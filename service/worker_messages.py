@@ -68,6 +68,8 @@ class Status(_Message, frozen=True):
     """When the request that waits longest arrived; None if none waits."""
     silent_seconds: float
     """How long the engine has said nothing although it owes an answer."""
+    stalled_streams: int = 0
+    """Calls that are over but for a client that does not read."""
 
 
 class Drained(_Message, frozen=True):

@@ -229,7 +229,7 @@ async def _read(request: web.Request, message: Request) -> Request:
 
 
 def _call(caller: str) -> Call:
-    return PageCall(arrival=time.monotonic(), deadline=None, caller=caller, context=None)
+    return PageCall(arrival=time.monotonic(), deadline=None, caller=caller, sender=None)
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

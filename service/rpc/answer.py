@@ -1,8 +1,8 @@
 """One answer as it grows: the engine's events in, the client's events out.
 
-Everything that is ready goes into one Delta, or into several where it is more than a message may have.
-Purely a state machine: it neither waits nor sends, so what it yields depends on the tokens alone and not
-on how they were grouped. Knows neither gRPC nor the engine's socket.
+Everything that is taken in at once goes into one Delta. Purely a state machine: it neither waits nor sends,
+so what it yields depends on the tokens alone and not on how they were grouped. Knows neither gRPC nor the
+engine's socket.
 """
 
 import time
@@ -44,6 +44,10 @@ WIRE_PATHS = {
 }
 
 
+ID_BYTES = 36
+"""Memory of a token of the prompt."""
+
+
 class AnswerOptions(NamedTuple):
     """What the client wants of the answer and the engine need not know."""
 
@@ -75,9 +79,10 @@ class Answer:
         self._options = options
         self._tokenizer = tokenizer
         self._max_response_bytes = max_response_bytes
-        self._tokens_per_delta = tokens_per_message(
+        self.most_events = tokens_per_message(
             max_response_bytes, request.sampling.logprobs, tokenizer.longest_token
         )
+        """How many events surely fit one message."""
         self._detokenizer = Detokenizer(tokenizer, options.stop, options.include_stop, request.min_tokens)
         ending_ids = () if options.include_stop else (*request.eos_ids, *request.stop_ids)
         self._silent_ids = frozenset(ending_ids)
@@ -87,6 +92,11 @@ class Answer:
         self._last_token_time = 0.0
         self.completion_tokens = 0
         self.ended: Ended | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """About how much memory the prompt takes."""
+        return len(self.request.prompt_ids) * ID_BYTES + len(self._options.echo)
 
     @property
     def is_scheduled(self) -> bool:
@@ -111,15 +121,10 @@ class Answer:
         return self.ended.problem
 
     def take(self, events: Sequence[RequestEvent]) -> list[pb.StreamGenerateResponse]:
-        """Take in what has happened and return what the client may see of it, all but the Finished."""
-        most = self._tokens_per_delta
-        if len(events) <= most:
-            return self._take_together(events)
-        parts = (events[start : start + most] for start in range(0, len(events), most))
-        return [response for part in parts for response in self._take_together(part)]
+        """Take in what has happened and return what the client may see of it, all but the Finished.
 
-    def _take_together(self, events: Sequence[RequestEvent]) -> list[pb.StreamGenerateResponse]:
-        """Take in what one Delta has room for."""
+        No response is too large as long as there are no more than `most_events`.
+        """
         responses: list[pb.StreamGenerateResponse] = []
         response = pb.StreamGenerateResponse()
         delta, text = response.delta, ""

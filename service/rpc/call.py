@@ -3,8 +3,7 @@
 import time
 from dataclasses import dataclass
 
-import grpc
-
+from fusewire.service.rpc.sending import Sender
 from fusewire.service.tracing import CallSpan
 
 
@@ -17,7 +16,8 @@ class Call:
     """When the client stops waiting; None if it waits for ever."""
     caller: str
     """Who calls: a digest of the credential, the same for every call with it; "" without one."""
-    context: grpc.aio.ServicerContext
+    sender: Sender | None
+    """Sends what it is answered; None if it did not come over gRPC."""
     span: CallSpan | None = None
     """Where its requests go in a trace; None without tracing."""
 
@@ -28,4 +28,5 @@ class Call:
 
     async def send_request_id(self, request_id: str) -> None:
         """Tell the client the id of its request now, ahead of any message."""
-        await self.context.send_initial_metadata((("x-request-id", request_id),))
+        assert self.sender is not None
+        await self.sender.send_metadata((("x-request-id", request_id),))

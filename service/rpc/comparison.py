@@ -135,7 +135,7 @@ class Comparison:
                 "fusewire.compare.is_timed": options is UNSEEN,
             }
             span = self._call.span.run(f"run {side.name}", told)
-        return Run(self._serving, live, answer, side.client_request_id, span)
+        return Run(self._serving, live, answer, self._call.sender, side.client_request_id, span)
 
     async def _run_both(
         self, sides: Sequence[_Side], lives: Sequence[LiveRequest]

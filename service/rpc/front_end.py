@@ -22,6 +22,7 @@ from fusewire.service.rpc.generation import GenerationService
 from fusewire.service.rpc.handlers import Gate, UnknownMethods, generic_handler
 from fusewire.service.rpc.model import ModelService
 from fusewire.service.rpc.serving import Serving
+from fusewire.service.supervisor import fail_at_end
 from fusewire.v1 import admin_pb2, generation_pb2, model_pb2
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
@@ -102,7 +103,7 @@ class FrontEnd:
         self._with_public = with_public
         self._with_admin = with_admin
         self._servers: list[grpc.aio.Server] = []
-        self._tidying: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen and answer; `port` and `admin_port` are real from now on.
@@ -112,7 +113,9 @@ class FrontEnd:
             CredentialError: if a token file or a TLS file cannot be used.
         """
         config, serving, limits = self._config, self._serving, self._limits
-        self._tidying = asyncio.create_task(keep_giving_back(), name="memory")
+        watch = asyncio.create_task(serving.stalls.run(), name="stall watch")
+        fail_at_end(watch, "nobody looks after clients that do not read any more", serving.fail)
+        self._tasks = [watch, asyncio.create_task(keep_giving_back(), name="memory")]
         public_file, admin_file = config.auth_token_file, config.admin_token_file
         if self._with_public:
             public = {GENERATION: GenerationService(serving), MODEL: ModelService(serving)}
@@ -133,10 +136,10 @@ class FrontEnd:
         for server in self._servers:
             await server.stop(grace_seconds)
         self._servers.clear()
-        if self._tidying is not None:
-            self._tidying.cancel()
-            await asyncio.gather(self._tidying, return_exceptions=True)
-            self._tidying = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
 
     async def _listen(
         self,
@@ -150,6 +153,7 @@ class FrontEnd:
     ) -> int:
         """Serve some services on a port; unless it is shared, a second server on it must fail."""
         metrics, max_response_bytes = self._serving.metrics.rpc, self._config.max_response_bytes
+        stalls = self._serving.stalls
         described = reflection.Reflection([*services, HEALTH])
         handlers = [
             generic_handler(
@@ -157,6 +161,7 @@ class FrontEnd:
                 implementation,
                 gate,
                 metrics,
+                stalls,
                 max_response_bytes,
                 tracer=self._serving.tracer if service in services else None,  # no probes
             )
@@ -167,11 +172,16 @@ class FrontEnd:
             }.items()
         ]
         handlers.append(
-            generic_handler(reflection.SERVICE, described, gate, metrics, max_response_bytes, reflection.V1)
+            generic_handler(
+                reflection.SERVICE, described, gate, metrics, stalls, max_response_bytes, reflection.V1
+            )
         )
         handlers.append(UnknownMethods(metrics))  # the last one is asked last
+        age_ms = int(self._limits.age_seconds * 1000)
         channel_options = (
             *CHANNEL_OPTIONS,
+            ("grpc.max_connection_age_ms", age_ms),
+            ("grpc.max_connection_age_grace_ms", age_ms),
             ("grpc.max_allowed_incoming_connections", max(1, connections // _count_addresses(host))),
             ("grpc.max_connection_idle_ms", int(self._limits.idle_seconds * 1000)),
             ("grpc.server_handshake_timeout_ms", int(self._limits.handshake_seconds * 1000)),

@@ -73,7 +73,7 @@ class GenerationService:
         serving = self._serving
         with serving.admitted(call.caller, call.arrival) as live:
             answer = await self._prepare(request, live, call, is_whole=is_whole)
-            with Run(serving, live, answer, request.client_request_id, call.span) as run:
+            with Run(serving, live, answer, call.sender, request.client_request_id, call.span) as run:
                 await call.send_request_id(live.request_id)
                 while not run.has_ended:
                     for response in await run.take():

@@ -25,6 +25,7 @@ from fusewire.service.engine_client import EngineUnavailable
 from fusewire.service.metrics import MethodMetrics, RpcMetrics
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, unavailable
+from fusewire.service.rpc.sending import Sender, StallWatch
 from fusewire.service.tracing import CallSpan, Tracer
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def generic_handler(
     implementation: object,
     gate: Gate,
     metrics: RpcMetrics,
+    stalls: StallWatch,
     max_response_bytes: int,
     name: str = "",
     tracer: Tracer | None = None,
@@ -78,6 +80,7 @@ def generic_handler(
             async iterator of them, if the server streams), or raises `StatusError`.
         gate: whom to let in.
         metrics: where to count.
+        stalls: looks after the calls whose clients do not read.
         max_response_bytes: a larger message is not sent; its call ends as RESOURCE_EXHAUSTED.
         name: to serve it under another name than the descriptor's.
         tracer: makes a span of every call; None for no tracing.
@@ -85,7 +88,14 @@ def generic_handler(
     name = name or service.full_name
     handlers = {
         method.name: _Endpoint(
-            method, getattr(implementation, method.name), gate, metrics, max_response_bytes, name, tracer
+            method,
+            getattr(implementation, method.name),
+            gate,
+            metrics,
+            stalls,
+            max_response_bytes,
+            name,
+            tracer,
         ).handler()
         for method in service.methods
     }
@@ -124,6 +134,7 @@ class _Endpoint:
         answer: Callable[[Any, Call], Any],
         gate: Gate,
         metrics: RpcMetrics,
+        stalls: StallWatch,
         max_response_bytes: int,
         service: str,
         tracer: Tracer | None,
@@ -132,6 +143,7 @@ class _Endpoint:
         self._service = service
         self._tracer = tracer
         self._answer = answer
+        self._stalls = stalls
         self._max_response_bytes = max_response_bytes
         self._gate = None if method.full_name in OPEN_METHODS else gate
         self._request_class = message_factory.GetMessageClass(method.input_type)
@@ -152,6 +164,7 @@ class _Endpoint:
     async def _unary_unary(self, body: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async def answer(call: Call) -> bytes:
             response = self._serialize(await self._answer(self._parse(body), call))
+            self._stalls.require_room(len(response))
             self._metrics.sent.inc()
             return response
 
@@ -159,21 +172,22 @@ class _Endpoint:
 
     async def _unary_stream(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
         async def answer(call: Call) -> None:
-            await self._write_all(self._answer(self._parse(body), call), context)
+            await self._write_all(self._answer(self._parse(body), call), call)
 
         await self._run(answer, context)
 
     async def _stream_stream(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         async def answer(call: Call) -> None:
             requests = (self._parse(body) async for body in bodies)
-            await self._write_all(self._answer(requests, call), context)
+            await self._write_all(self._answer(requests, call), call)
 
         await self._run(answer, context)
 
-    async def _write_all(self, responses: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> None:
+    async def _write_all(self, responses: AsyncIterator[Message], call: Call) -> None:
+        assert call.sender is not None
         async with aclosing(responses) as open_responses:  # type: ignore[type-var]
             async for response in open_responses:
-                await context.write(self._serialize(response))
+                await call.sender.write(self._serialize(response))
                 self._note_sent()
 
     def _serialize(self, response: Message) -> bytes:
@@ -216,17 +230,21 @@ class _Endpoint:
         arrival = time.monotonic()
         span = self._begin_span(context, arrival) if self._tracer is not None else None
         self._metrics.started.inc()
+        sender = self._stalls.open(context)
         code = grpc.StatusCode.OK
         try:
-            return await answer(self._open(context, arrival, span))
+            response = await answer(self._open(context, sender, arrival, span))
+            sender.note_end(len(response) if isinstance(response, bytes) else 0)
+            return response
         except (asyncio.CancelledError, grpc.aio.InternalError):  # the latter: nothing can be sent any more
             overdue = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if overdue else grpc.StatusCode.CANCELLED
             raise asyncio.CancelledError from None
         except Exception as error:  # noqa: BLE001 - logged below; a client never sees an exception's text
             failure = self._status_of(error)
+            failure.__traceback__ = failure.__context__ = None  # it may be long until the client reads it
             code = failure.code
-            await _abort(context, failure)
+            await _abort(sender, failure)
         finally:
             self._count_sent()
             self._metrics.observe_handled(code.name, time.monotonic() - arrival)
@@ -238,13 +256,15 @@ class _Endpoint:
         metadata = context.invocation_metadata() or ()
         return self._tracer.begin_call(self._service, self._method.name, metadata, arrival)
 
-    def _open(self, context: grpc.aio.ServicerContext, arrival: float, span: CallSpan | None) -> Call:
+    def _open(
+        self, context: grpc.aio.ServicerContext, sender: Sender, arrival: float, span: CallSpan | None
+    ) -> Call:
         remaining = context.time_remaining()
         return Call(
             arrival=arrival,
             deadline=None if remaining is None else arrival + remaining,
             caller=self._gate.identify(context) if self._gate is not None else "",
-            context=context,
+            sender=sender,
             span=span,
         )
 
@@ -262,10 +282,10 @@ class _Endpoint:
         return StatusError(grpc.StatusCode.INTERNAL, "internal error")
 
 
-async def _abort(context: grpc.aio.ServicerContext, failure: StatusError) -> NoReturn:
+async def _abort(sender: grpc.aio.ServicerContext | Sender, failure: StatusError) -> NoReturn:
     """End the handler with a status, or as cancelled if the call was over before that could be sent."""
     try:
-        await context.abort(failure.code, failure.message, failure.trailing_metadata())
+        await sender.abort(failure.code, failure.message, failure.trailing_metadata())
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
     raise AssertionError("abort raises")

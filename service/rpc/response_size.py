@@ -14,7 +14,9 @@ from fusewire.service.rpc.errors import StatusError, invalid_argument, too_large
 from fusewire.v1 import generation_pb2 as pb
 
 STOCK_BYTES = 4 << 20
-"""What a client takes that nobody has told to take more; no message of a stream is larger."""
+"""What a client takes that nobody has told to take more."""
+STREAM_BYTES = 64 << 10
+"""No message of a stream is larger: one of them may have to wait for each client that does not read."""
 RESERVED_BYTES = 4096
 """Of a message of a stream, for all but its tokens: the text that a stop string may hold back, wrappers."""
 TYPICAL_ID_BYTES = 2
@@ -27,7 +29,7 @@ REMEDY = (
 
 def room(max_response_bytes: int) -> int:
     """The most bytes that the tokens of one message of a stream may take."""
-    limit = min(max_response_bytes, STOCK_BYTES)
+    limit = min(max_response_bytes, STREAM_BYTES)
     return limit - min(RESERVED_BYTES, limit // 2)
 
 

@@ -18,11 +18,15 @@ from fusewire.service.request_record import RequestRecord
 from fusewire.service.rpc.answer import Answer
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
+from fusewire.service.rpc.sending import Sender
 from fusewire.service.rpc.serving import LiveRequest, Serving
 from fusewire.service.tracing import RequestSpan
 from fusewire.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+ENTRY_BYTES = 140
+"""Memory of a token, and of each of the likeliest tokens beside it."""
 
 
 class Run:
@@ -32,6 +36,7 @@ class Run:
         serving: whose engine computes it.
         live: its admission, which outlives the block.
         answer: takes in what the engine says.
+        sender: sends the answer; None if it does not go over gRPC.
         client_request_id: what the client calls the request, for the log.
         span: where the request goes in a trace; None without tracing.
 
@@ -44,12 +49,14 @@ class Run:
         serving: Serving,
         live: LiveRequest,
         answer: Answer,
+        sender: Sender | None,
         client_request_id: str = "",
         span: RequestSpan | None = None,
     ) -> None:
         self.answer = answer
         self._serving = serving
         self._live = live
+        self._sender = sender
         self._client_request_id = client_request_id
         self._span = span
         self._events: RequestEvents
@@ -59,11 +66,15 @@ class Run:
 
     def __enter__(self) -> Self:
         self._events = self._serving.engine.submit(self.answer.request)
+        if self._sender is not None:
+            self._sender.backlogs.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._sender is not None:
+            self._sender.backlogs.remove(self)
         answer = self.answer
         if answer.ended is not None:
             reason = answer.reason
@@ -80,6 +91,12 @@ class Run:
         """Whether the engine has said its last word."""
         return self.answer.ended is not None
 
+    @property
+    def held_bytes(self) -> int:
+        """About how much memory the request takes here, with the events that were not taken."""
+        entries = len(self._events) * (1 + self.answer.request.sampling.logprobs)
+        return entries * ENTRY_BYTES + self.answer.held_bytes
+
     async def take(self) -> list[pb.StreamGenerateResponse]:
         """Wait for what happens next and return what the client may see of it, all but the Finished.
 
@@ -88,7 +105,7 @@ class Run:
         """
         self._cut_short = "error"
         answer, serving, live = self.answer, self._serving, self._live
-        responses = answer.take(await self._events.take())
+        responses = answer.take(await self._events.take(answer.most_events))
         if self._waits and answer.is_scheduled:
             serving.note_scheduled(live, len(answer.request.prompt_ids))
             self._waits = False

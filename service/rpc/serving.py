@@ -23,6 +23,7 @@ from fusewire.service.messages import EngineReady, Routing, StepReport, Tokenize
 from fusewire.service.metrics import Metrics, RequestMetrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, quote, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
+from fusewire.service.rpc.sending import StallWatch
 from fusewire.service.supervisor import fail_at_end
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
 from fusewire.service.tracing import Tracer
@@ -92,7 +93,8 @@ class Serving:
         self.model_name = model_name
         self.engine = EngineClient(socket_path, self._take_report, self._take_state, self._take_routing)
         self.health = Health(services)
-        self.metrics = metrics or Metrics(model_name, self.oldest_waiting)
+        self.stalls = StallWatch(config.stream_stall_seconds)
+        self.metrics = metrics or Metrics(model_name, self.oldest_waiting, self.stalled_streams)
         self.tracer = tracer
         self.log_level: LogLevel = config.log_level
         self.load = Load()
@@ -276,6 +278,14 @@ class Serving:
         """When the request that waits longest arrived; None if none waits. Safe from any thread."""
         return min((request.arrival for request in list(self._waiting.values())), default=None)
 
+    def stalled_streams(self) -> int:
+        """How many calls are over but for a client that does not read. Safe from any thread."""
+        return self.stalls.stalled
+
+    def fail(self, reason: str) -> None:
+        """Take in that no waiting can mend what is wrong."""
+        self._on_failure(reason)
+
     # ---- what the engine says ----
 
     def _take_report(self, report: StepReport) -> None:
@@ -329,6 +339,7 @@ class Serving:
             for request in self.open_requests():  # no other front end's
                 self.engine.finish(request.request_id, "time_limit")
             self._end_comparisons()
+            self.stalls.end_blocked(DRAINING)
             await self._wait_until_idle(END_SECONDS)
         return DrainResult(finished=before - left, ended=left)
 

@@ -62,6 +62,7 @@ PLAIN = {
     "engine_up": "gauge",
     "last_step_timestamp_seconds": "gauge",
     "oldest_waiting_request_age_seconds": "gauge",
+    "stalled_streams": "gauge",
     "kernel_mode_generation": "gauge",
     "kernel_mode_last_switch_timestamp_seconds": "gauge",
     "shadow_fallback_active": "gauge",

@@ -25,7 +25,7 @@ from h2.events import (
     TrailersReceived,
 )
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 READ_BYTES = 1 << 16
 TURN_SECONDS = 0.1
@@ -65,7 +65,9 @@ class RawConnection:
         self._pending: dict[int, memoryview] = {}
         """What the server's windows have no room for, by stream."""
         if window is not None:
-            self._http.local_settings[SettingCodes.INITIAL_WINDOW_SIZE] = window
+            self._http.local_settings = Settings(
+                client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window}
+            )
         self._http.initiate_connection()
         self._flush()
 

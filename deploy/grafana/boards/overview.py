@@ -109,6 +109,9 @@ def _saturation() -> Row:
                 "short",
                 ("running", f"sum ({gauge('fusewire_requests_running')})"),
                 ("waiting", f"sum ({gauge('fusewire_requests_waiting')})"),
+                ("ended, not read", f"sum ({gauge('fusewire_stalled_streams')})"),
+                about="Not read are calls that were ended because their clients took nothing for "
+                "--stream-stall-seconds; they cost memory until the client reads or goes.",
                 width=6,
             ),
             lines("Age of the first in the queue", "s", waiting, width=6),

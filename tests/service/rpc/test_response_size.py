@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusewire.model.sampling_params import SamplingParams
-from fusewire.service.messages import AddRequest, Ended, Scheduled, Token
+from fusewire.service.engine_client import RequestEvents
+from fusewire.service.messages import AddRequest, Ended, RequestEvent, Scheduled, Token
 from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.response_size import added_bytes
 from fusewire.v1 import generation_pb2 as pb
@@ -157,6 +158,17 @@ def test_what_deltas_add_is_the_size_of_the_whole_but_for_its_headers(deltas: li
 # ---- one message of a stream ----
 
 
+async def read_late(answer: Answer, events: list[RequestEvent]) -> list[pb.StreamGenerateResponse]:
+    """What a reader gets that comes when everything has happened."""
+    waiting = RequestEvents()
+    for event in events:
+        waiting.put(event)
+    responses: list[pb.StreamGenerateResponse] = []
+    while len(waiting):
+        responses += answer.take(await waiting.take(answer.most_events))
+    return responses
+
+
 @given(st.lists(IDS, max_size=300), st.integers(0, 20), st.integers(1024, 30_000), st.booleans())
 @settings(deadline=None, max_examples=50)
 def test_what_a_slow_reader_finds_is_cut_into_messages_that_it_takes(
@@ -170,7 +182,7 @@ def test_what_a_slow_reader_finds_is_cut_into_messages_that_it_takes(
     def deltas(limit: int) -> list[pb.StreamGenerateResponse]:
         spec = AddRequest("id", [1], SamplingParams(logprobs=len(top)), max_tokens=999, arrival=10.0)
         answer = Answer(spec, options, demo_tokenizer(), limit)
-        return answer.take([Scheduled("id", 11.0), *events, Ended("id", "length")])
+        return asyncio.run(read_late(answer, [Scheduled("id", 11.0), *events, Ended("id", "length")]))
 
     def joined(responses: list[pb.StreamGenerateResponse]) -> tuple[str, list[int], int]:
         told = [response.delta for response in responses]

@@ -281,7 +281,7 @@ def assert_names_a_field(request: pb.GenerateRequest, error: StatusError) -> Non
 @settings(max_examples=300, deadline=None)
 def test_any_request_is_either_refused_by_name_or_within_every_limit(request: pb.GenerateRequest) -> None:
     ready = describe()
-    call = Call(arrival=time.monotonic(), deadline=None, caller="", context=None)
+    call = Call(arrival=time.monotonic(), deadline=None, caller="", sender=None)
     try:
         validation.check_request(request, ready)
         prompt = validation.encode_prompt(request, demo_tokenizer(), VOCAB)

@@ -1,0 +1,90 @@
+"""Clients that ask for answers and never read them: HTTP/2 windows of no size, pings answered."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fusewire.v1 import generation_pb2 as pb
+from tests.faults.trial import Trial
+from tests.tools.http2_frames import STREAM_GENERATE, RawClients, framed
+from tests.tools.server_process import PacedServer, ServerProcess
+
+pytestmark = pytest.mark.faults
+
+CONNECTIONS, STREAMS = 4, 64
+STALL_SECONDS = 2
+RESOURCE_EXHAUSTED = "8"
+
+
+def request(number: int, tokens: int = 60) -> bytes:
+    return framed(
+        pb.GenerateRequest(
+            text=f"{number}",
+            stopping={"max_tokens": tokens, "ignore_eos": True},
+            response={"logprobs": 20, "token_ids": True},
+        )
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+def attack(clients: RawClients, connections: int = CONNECTIONS, streams: int = STREAMS) -> int:
+    """Open the calls; returns how many."""
+    for _ in range(connections):
+        connection = clients.connect(window=0)
+        for number in range(streams):
+            connection.call(STREAM_GENERATE, request(number))
+    return connections * streams
+
+
+def test_readers_that_never_read_are_given_up(tmp_path: Path) -> None:
+    """The attack before the one that counts brings the memory to what so many calls at once need anyway."""
+    with ServerProcess(tmp_path / "log", "--stream-stall-seconds", str(STALL_SECONDS)) as server:
+
+        def stalled() -> float:
+            return server.metric("fusewire_stalled_streams")
+
+        with RawClients(server.port) as clients:
+            number = attack(clients)
+            wait_for(lambda: stalled() == number)
+        wait_for(lambda: stalled() == 0)
+        trial = Trial(server)
+        with trial.attack(), RawClients(server.port) as clients:
+            number = attack(clients)
+            wait_for(lambda: stalled() == number)
+            assert server.metric("fusewire_requests_waiting") == 0
+            reader = clients.connections[0]
+            reader.open_window(1 << 20)
+            wait_for(lambda: len(reader.statuses) == STREAMS)
+            assert set(reader.statuses.values()) == {RESOURCE_EXHAUSTED}
+            wait_for(lambda: stalled() == number - STREAMS)
+        assert stalled() == 0
+
+
+def test_readers_that_never_read_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    with (
+        ServerProcess(tmp_path / "log", "--drain-seconds", "1") as server,
+        RawClients(server.port) as clients,
+    ):
+        attack(clients, 1, 16)
+        wait_for(lambda: server.metric("fusewire_requests_running") > 0)
+        began = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < 10
+
+
+def test_every_front_end_gives_them_up_and_one_gauge_tells(tmp_path: Path) -> None:
+    options = ("--frontends", "2", "--stream-stall-seconds", str(STALL_SECONDS))
+    with PacedServer(tmp_path / "log", *options) as server, RawClients(server.port) as clients:
+        number = attack(clients, CONNECTIONS, 2)
+        wait_for(lambda: server.metric("fusewire_stalled_streams") == number)
+        clients.close()
+        wait_for(lambda: server.metric("fusewire_stalled_streams") == 0)
