@@ -1,7 +1,7 @@
 """Clients that ask for answers and never read them: HTTP/2 windows of no size, pings answered."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,28 +44,28 @@ def attack(clients: RawClients, connections: int = CONNECTIONS, streams: int = S
     return connections * streams
 
 
-def test_readers_that_never_read_are_given_up(tmp_path: Path) -> None:
-    """The attack before the one that counts brings the memory to what so many calls at once need anyway."""
-    with ServerProcess(tmp_path / "log", "--stream-stall-seconds", str(STALL_SECONDS)) as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with ServerProcess(log, "--stream-stall-seconds", str(STALL_SECONDS)) as running:
+        yield running
 
-        def stalled() -> float:
-            return server.metric("fusewire_stalled_streams")
 
-        with RawClients(server.port) as clients:
-            number = attack(clients)
-            wait_for(lambda: stalled() == number)
-        wait_for(lambda: stalled() == 0)
-        trial = Trial(server)
-        with trial.attack(), RawClients(server.port) as clients:
-            number = attack(clients)
-            wait_for(lambda: stalled() == number)
-            assert server.metric("fusewire_requests_waiting") == 0
-            reader = clients.connections[0]
-            reader.open_window(1 << 20)
-            wait_for(lambda: len(reader.statuses) == STREAMS)
-            assert set(reader.statuses.values()) == {RESOURCE_EXHAUSTED}
-            wait_for(lambda: stalled() == number - STREAMS)
-        assert stalled() == 0
+@pytest.mark.parametrize("is_cold", [True, False], ids=["cold", "warm"])
+def test_readers_that_never_read_are_given_up(server: ServerProcess, is_cold: bool) -> None:
+    def stalled() -> float:
+        return server.metric("fusewire_stalled_streams")
+
+    with Trial(server, is_cold=is_cold).attack(), RawClients(server.port) as clients:
+        number = attack(clients)
+        wait_for(lambda: stalled() == number)
+        assert server.metric("fusewire_requests_waiting") == 0
+        reader = clients.connections[0]
+        reader.open_window(1 << 20)
+        wait_for(lambda: len(reader.statuses) == STREAMS)
+        assert set(reader.statuses.values()) == {RESOURCE_EXHAUSTED}
+        wait_for(lambda: stalled() == number - STREAMS)
+    wait_for(lambda: stalled() == 0)
 
 
 def test_readers_that_never_read_do_not_hold_up_the_end(tmp_path: Path) -> None:
