@@ -7,7 +7,7 @@ or which block belongs to whom; it computes the rows it is given.
 
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,8 +129,18 @@ class LaunchedStep:
 class ModelRunner:
     """A loaded model with its KV cache, ready to run steps on one device."""
 
-    def __init__(self, options: RunnerOptions, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        options: RunnerOptions,
+        progress: Progress | None = None,
+        on_stage: Callable[[], None] = lambda: None,
+    ) -> None:
         """Load the folder's model and allocate its KV cache.
+
+        Args:
+            options: what to load, and how.
+            progress: told of the weights, after each tensor.
+            on_stage: called after each other stage of loading and warming up: a step, a graph.
 
         Raises:
             ModelError: if the folder, an option or the memory does not allow it; it names the key,
@@ -138,6 +148,7 @@ class ModelRunner:
         """
         folder = Path(options.path)
         started = time.monotonic()
+        self._on_stage = on_stage
         self.config = ModelConfig.read(folder)
         self.context_length = _context_length(self.config, options.max_context)
         self.block_size = options.block_size
@@ -461,6 +472,7 @@ class ModelRunner:
                 self._run_probe(lengths, _GREEDY, KernelMode.FUSED)
             for shape in self._graph_shapes():
                 self._forward(self._inputs.load_padding(KernelMode.FUSED, shape))
+                self._on_stage()
             for mode in KernelMode:
                 self._run_probe([1], _GREEDY, mode)
             self._compare_nothing()
@@ -500,6 +512,11 @@ class ModelRunner:
             steps += [[PREFILL_TOKENS[-1], 64], [66] * 32]
         return steps
 
+    @property
+    def warm_up_tokens(self) -> int:
+        """Tokens of the largest step that `warm_up` runs."""
+        return min(self.max_step_tokens, max(map(sum, self._probes())))
+
     def _long_prompts(self) -> list[int]:
         """Tokens that whole prompts without a graph are padded to."""
         longest = min(self.max_step_tokens, self.context_length)
@@ -526,6 +543,7 @@ class ModelRunner:
                 for mode in modes:
                     batch = self._inputs.load_padding(mode, shape)
                     graphs.capture(mode, shape, partial(self._forward, batch))
+                    self._on_stage()
             self._observer.capture(graphs.pool, [shape.num_tokens for shape in shapes])
         self.start_report |= {
             "graphs": float(len(graphs)),
@@ -547,6 +565,7 @@ class ModelRunner:
             seatings.append(Seating(seat, [0] * (start + count), start + count, table, params))
             rows.append(Row(seat, start, count, samples=True))
         self.run(Step(mode, rows, seatings))
+        self._on_stage()
 
     # ---- memory ----
 

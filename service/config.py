@@ -56,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     shadow_threshold: float | None
     qk_timing_every: int
     inject_fault: KernelMode | None
+    engine_timeout: float | None
     routing: Routing | None = None
     """Which paths to go on with after a restart; None starts with `kernel_mode`."""
 
@@ -165,11 +166,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     dashboard_port: Annotated[Port, Meta(description="port of the page; 0 picks a free one")] = 9465
     engine_timeout: Annotated[
-        Seconds,
+        Seconds | None,
         Meta(
-            description="seconds of silence, while it owes an answer, until the engine is restarted; 0 never"
+            description="seconds that the engine's loop may stand still until the engine is restarted; unset "
+            "goes by what its steps should take, 0 never"
         ),
-    ] = 300.0
+    ] = None
     stream_stall_seconds: Annotated[
         Seconds,
         Meta(description="seconds that a client may leave its stream unread, until it is ended; 0 for any"),

@@ -9,7 +9,6 @@ so that no client hangs. Knows neither gRPC nor tokens' text, and starts no proc
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,10 +66,9 @@ class RequestEvents:
     reader.
     """
 
-    __slots__ = ("_failure", "_ready", "_waiter", "sent_at")
+    __slots__ = ("_failure", "_ready", "_waiter")
 
     def __init__(self) -> None:
-        self.sent_at = time.monotonic()
         self._ready: list[RequestEvent] = []
         self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineUnavailable | None = None
@@ -125,7 +123,6 @@ class _OpenCall(NamedTuple):
 
     message: _Question
     reply: asyncio.Future[Any]
-    sent_at: float
 
 
 class EngineClient:
@@ -169,16 +166,6 @@ class EngineClient:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._task = None
-
-    @property
-    def owed_since(self) -> float | None:
-        """When the oldest of what the engine has not answered yet was sent; None if it owes nothing.
-
-        A request is answered by its last event, whether or not that was taken.
-        """
-        times = [events.sent_at for events in self._requests.values()]
-        times += [call.sent_at for call in self._calls.values()]
-        return min(times, default=None)
 
     def submit(self, request: AddRequest) -> RequestEvents:
         """Start a request and return its events.
@@ -255,7 +242,7 @@ class EngineClient:
         """Send a message and wait for the reply with its call id."""
         self._send(message)
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._calls[message.call_id] = _OpenCall(message, reply, time.monotonic())
+        self._calls[message.call_id] = _OpenCall(message, reply)
         try:
             return await reply
         except (asyncio.CancelledError, EngineUnavailable):

@@ -38,7 +38,7 @@ from fusewire.service.worker_messages import (
 
 log = logging.getLogger(__name__)
 
-IDLE = Status(None, 0.0)
+IDLE = Status(None)
 ANSWER_SECONDS = 2.0
 """What a worker may take to say that it has drained, beyond the drain itself."""
 MAX_STARTS = 3
@@ -123,16 +123,6 @@ class FrontEnds:
         """How many calls are over but for a client that does not read. Safe from any thread."""
         return sum(worker.status.stalled_streams for worker in self._workers)
 
-    @property
-    def silent_seconds(self) -> float:
-        """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
-        return max((worker.status.silent_seconds for worker in self._workers), default=0.0)
-
-    def forget_silence(self) -> None:
-        """Wait for the workers' next word on whether the engine is silent."""
-        for worker in self._workers:
-            worker.status = IDLE
-
     def note_engine(self, is_here: bool) -> None:
         """Take in that the server, which answers the operator, has the engine, or has lost it."""
         self._is_engine_here = is_here
@@ -162,7 +152,6 @@ class _Worker(ChildSupervisor):
             self.name,
             ("fusewire.service.worker",),
             environment,
-            has_output=True,
             on_exit=self._note_exit,
             on_failure=self._give_up,
         )
@@ -184,13 +173,9 @@ class _Worker(ChildSupervisor):
             messages.append(Drain(0, 0.0))  # it has no requests, and shall take none
         return b"".join(map(encode_line, messages))
 
-    async def follow(self, output: asyncio.StreamReader) -> None:
-        """Take in what the worker tells, until it ends."""
-        while line := await output.readline():
-            try:
-                self._take_in(decode_from_worker(line))
-            except msgspec.DecodeError:
-                log.error("%s says what cannot be read: %r", self.name, line)
+    def decode(self, line: bytes) -> FromWorker:
+        """Decode what the worker says; raises `msgspec.DecodeError`."""
+        return decode_from_worker(line)
 
     def set_log_level(self, level: LogLevel) -> None:
         """Let the worker log from this severity up, now and whenever it is started again."""
@@ -215,7 +200,8 @@ class _Worker(ChildSupervisor):
         finally:
             self._drains.pop(call_id, None)
 
-    def _take_in(self, message: FromWorker) -> None:
+    def take_in(self, message: object) -> None:
+        """Take in what the worker says of itself."""
         match message:
             case Status():
                 self.status = message
@@ -265,7 +251,7 @@ class SharedServing(Serving):
     The only requests of its own are the dashboard's comparisons.
 
     Args:
-        front_ends: whom a drain concerns, and who know whether the engine is silent.
+        front_ends: whom a drain concerns.
     """
 
     def __init__(
@@ -311,11 +297,6 @@ class SharedServing(Serving):
     def is_ready(self) -> bool:
         """Whether requests can be generated, which is for the front ends to say."""
         return self.engine.ready is not None and self._are_workers_ready
-
-    @property
-    def silent_seconds(self) -> float:
-        """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
-        return max(super().silent_seconds, self._front_ends.silent_seconds)
 
     def stalled_streams(self) -> int:
         """How many calls are over but for a client that does not read, at the workers too."""

@@ -36,7 +36,7 @@ from fusewire.service.rpc.front_end import (
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.run_folder import FolderError, RunFolder, remove_abandoned
 from fusewire.service.shared_metrics import Scrape
-from fusewire.service.supervisor import EngineSupervisor, fail_at_end
+from fusewire.service.supervisor import EngineSupervisor
 from fusewire.service.tracing import Tracer, TracingError, open_tracer
 
 if TYPE_CHECKING:
@@ -150,8 +150,6 @@ class Server:
             log.info("dashboard: http://127.0.0.1:%d/", self.dashboard_port)
         await self.serving.engine.start()
         self._loading = asyncio.create_task(self._load(), name="load")
-        self._watching = asyncio.create_task(self._watch(config.engine_timeout), name="watch")
-        fail_at_end(self._watching, "nobody watches the engine any more", self._fail)
 
     def _make_folder(self) -> None:
         """Make a private folder for the engine's socket and, with workers, the files they count in."""
@@ -255,20 +253,6 @@ class Server:
             log.exception("loading failed")
             self._fail("the model cannot be loaded; the reason is above")
 
-    async def _watch(self, timeout: float) -> None:
-        """Have an engine restarted that is silent for too long: hung, or stopped from outside."""
-        while timeout:
-            pause = min(1.0, timeout / 4)
-            await asyncio.sleep(pause)
-            if self._supervisor is None or self.serving.silent_seconds <= timeout:
-                continue
-            await asyncio.sleep(pause)  # to read what has come if it was this process that was held up
-            if self.serving.silent_seconds > timeout:
-                log.error("the engine owes an answer, has said nothing for %g s and is killed", timeout)
-                self._supervisor.kill()
-                if self._front_ends is not None:
-                    self._front_ends.forget_silence()
-
     def _follow_engine(self, ready: EngineReady | None) -> None:
         if self._front_ends is not None:
             self._front_ends.note_engine(ready is not None)
@@ -333,9 +317,8 @@ class Server:
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new requests, let the running ones finish within the time, and stop everything."""
         await self.serving.drain(drain_seconds)
-        for task in (self._loading, self._watching):
-            task.cancel()
-        await asyncio.gather(self._loading, self._watching, return_exceptions=True)
+        self._loading.cancel()
+        await asyncio.gather(self._loading, return_exceptions=True)
         if self._dashboard is not None:
             await self._dashboard.stop()
         await self._front_end.stop(FLUSH_SECONDS)

@@ -1,13 +1,16 @@
 """Keeps child processes alive: starts them, watches them, starts them again.
 
 A child reads what it must know from the first line of its standard input and stops when that pipe
-closes, so it never outlives this process, not even one that was killed. Knows nothing of what a child
-says later: for the engine, that is `fusewire.service.engine_client`.
+closes, so it never outlives this process, not even one that was killed. On its standard output it says
+signs of life (`fusewire.service.life_signs`); one that is silent for longer than it asked for hangs, or
+was stopped from outside, and is killed and started again.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from fusewire.service.config import EngineConfig
+from fusewire.service.life_signs import Alive
 from fusewire.service.logs import LogLevel
 from fusewire.service.messages import Routing, SetLogLevel
 
@@ -28,6 +32,14 @@ STOP_SECONDS = 10.0
 BACKOFF_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30)
 STEADY_SECONDS = 60.0
 """A child that lived this long starts over at the shortest backoff."""
+START_PATIENCE = 60.0
+"""Seconds until a child's first sign of life: a cold network disk may take long to import torch from."""
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""Why a child may not start just now, though it may later."""
+TICK_SECONDS = 0.25
+"""How often it is looked whether a child is silent for too long."""
+
+_alive = msgspec.json.Decoder(Alive)
 
 
 class ChildSupervisor:
@@ -37,7 +49,7 @@ class ChildSupervisor:
         name: what the log calls it.
         command: the module and its arguments.
         environment: variables that it gets beside this process's own.
-        has_output: whether its standard output is read here, by `follow`.
+        patience: seconds that it may take to its first sign of life; infinite for a child that says none.
         on_exit: called with the exit code whenever it dies unasked.
         on_failure: called once, with a reason, when a restart is of no use: the child has refused
             what it was told. The reason itself is on the child's standard error.
@@ -48,7 +60,7 @@ class ChildSupervisor:
         name: str,
         command: tuple[str, ...],
         environment: Mapping[str, str] | None = None,
-        has_output: bool = False,
+        patience: float = START_PATIENCE,
         on_exit: Callable[[int], None] = lambda code: None,
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
@@ -56,7 +68,9 @@ class ChildSupervisor:
         self._name = name
         self._command = command
         self._environment = None if environment is None else {**os.environ, **environment}
-        self._output = asyncio.subprocess.PIPE if has_output else None
+        self._start_patience = patience
+        self._patience = patience
+        """Seconds of silence that are left to the child."""
         self._on_exit = on_exit
         self._on_failure = on_failure
         self._process: asyncio.subprocess.Process | None = None
@@ -71,8 +85,12 @@ class ChildSupervisor:
         """What a child is told at its start, whenever that is."""
         return b""
 
-    async def follow(self, output: asyncio.StreamReader) -> None:
-        """Read what a child says, until it ends."""
+    def decode(self, line: bytes) -> object:
+        """Decode what the child says; raises `msgspec.DecodeError`."""
+        return _alive.decode(line)
+
+    def take_in(self, message: object) -> None:
+        """Take in what the child says beside its signs of life."""
 
     async def start(self) -> None:
         """Start the child and begin to watch it."""
@@ -84,11 +102,6 @@ class ChildSupervisor:
         if self._process is None or self._process.stdin is None or self._process.stdin.is_closing():
             return
         self._process.stdin.write(line)
-
-    def kill(self) -> None:
-        """End the child at once, to be started again: for one that runs but answers nothing."""
-        if self._process is not None:
-            _kill(self._process)
 
     async def stop(self) -> None:
         """Stop the child: ask it by closing its standard input, then kill it."""
@@ -113,24 +126,31 @@ class ChildSupervisor:
         failures = 0
         while True:
             started = clock()
-            code = await self._run_once()
-            self._on_exit(code)
-            if code == EXIT_UNUSABLE and self.restarts == 0:
-                self._on_failure(f"the {self._name} cannot start; its message is above")
-                return
+            try:
+                process = await self._start_process()
+            except OSError as error:
+                if error.errno not in SHORTAGES:
+                    raise
+                problem = f"cannot be started: {error}"
+            else:
+                code = await self._watch_to_end(process)
+                self._on_exit(code)
+                if code == EXIT_UNUSABLE and self.restarts == 0:
+                    self._on_failure(f"the {self._name} cannot start; its message is above")
+                    return
+                problem = f"ended with code {code}"
+                self.restarts += 1
             failures = 0 if clock() - started >= STEADY_SECONDS else failures + 1
-            delay = (
-                BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else BACKOFF_SECONDS[0]
-            )
-            log.error("the %s ended with code %d; it starts again in %.1f s", self._name, code, delay)
+            delay = BACKOFF_SECONDS[min(max(failures, 1), len(BACKOFF_SECONDS)) - 1]
+            log.error("the %s %s; it starts again in %.1f s", self._name, problem, delay)
             await asyncio.sleep(delay)
-            self.restarts += 1
 
-    async def _run_once(self) -> int:
+    async def _start_process(self) -> asyncio.subprocess.Process:
+        """Start the child and tell it its first line."""
         process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *self._command),
             stdin=asyncio.subprocess.PIPE,
-            stdout=self._output,
+            stdout=asyncio.subprocess.PIPE,
             env=self._environment,
             start_new_session=True,  # a Ctrl-C at the terminal is this process's to handle
         )
@@ -138,11 +158,45 @@ class ChildSupervisor:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             await process.stdin.drain()
-        if process.stdout is not None:
-            await self.follow(process.stdout)
-        code = await process.wait()
+        return process
+
+    async def _watch_to_end(self, process: asyncio.subprocess.Process) -> int:
+        """Listen to the child, and kill it if it is silent for too long; returns its exit code."""
+        self._patience = self._start_patience
+        watching = asyncio.create_task(self._kill_if_silent(process), name=f"{self._name} patience")
+        try:
+            assert process.stdout is not None
+            await self._listen(process.stdout)
+            code = await process.wait()
+        finally:
+            watching.cancel()
         self._process = None
         return code
+
+    async def _listen(self, output: asyncio.StreamReader) -> None:
+        """Take in what the child says, until it ends."""
+        while line := await output.readline():
+            try:
+                message = self.decode(line)
+            except msgspec.DecodeError:
+                log.error("the %s says what cannot be read: %r", self._name, line)
+                continue
+            if isinstance(message, Alive):
+                self._patience = message.patience
+            else:
+                self.take_in(message)
+
+    async def _kill_if_silent(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the child once it has been silent for longer than it asked for.
+
+        Patience is counted in ticks of this loop, between which lines are read, and not by the clock. So
+        when this process stands still, or the whole machine does, that costs a child one tick at most.
+        """
+        while self._patience > 0:
+            await asyncio.sleep(TICK_SECONDS)
+            self._patience -= TICK_SECONDS
+        log.error("the %s has been silent for longer than it asked for and is killed", self._name)
+        _kill(process)
 
 
 def fail_at_end(task: asyncio.Task[None], what: str, on_failure: Callable[[str], None]) -> None:
@@ -185,7 +239,8 @@ class EngineSupervisor(ChildSupervisor):
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
         command = (ENGINE_MODULE, "--socket", str(socket_path))
-        super().__init__("engine", command, on_exit=on_exit, on_failure=on_failure)
+        patience = math.inf if config.engine_timeout == 0 else START_PATIENCE
+        super().__init__("engine", command, patience=patience, on_exit=on_exit, on_failure=on_failure)
         self._config = config
 
     def first_line(self) -> bytes:

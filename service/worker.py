@@ -6,6 +6,7 @@ handles no signal and is scraped by nobody: that is the server's, `fusewire.serv
 """
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -15,6 +16,7 @@ import uvloop
 from fusewire.service.auth import CredentialError
 from fusewire.service.config import ServeConfig
 from fusewire.service.connection_limits import ConnectionLimits, file_limit
+from fusewire.service.life_signs import Alive, become_a_child
 from fusewire.service.logs import WORKER_TEXT, set_level, set_up
 from fusewire.service.messages import SetLogLevel
 from fusewire.service.metrics import RequestMetrics
@@ -39,7 +41,10 @@ from fusewire.service.worker_messages import (
 )
 
 STATUS_SECONDS = 0.5
-"""How often a worker tells its status, or more often if the engine's timeout is short."""
+"""How often a worker tells its status."""
+PATIENCE = 5.0
+"""Seconds that a worker's event loop may stand still. What takes long, as tokenizing, is done in threads; the
+longest work that is left in the loop is to parse one message."""
 
 
 def main() -> int:
@@ -51,7 +56,8 @@ async def _run() -> int:
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    output, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, sys.stdout)
+    pipe = os.fdopen(become_a_child(), "wb")
+    output, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, pipe)
     start = decode_to_worker(await lines.readline())
     assert isinstance(start, Start)
     set_up("worker", start.config.log_level, start.config.log_format, WORKER_TEXT)
@@ -112,7 +118,6 @@ class Worker:
         limits = ConnectionLimits.within(file_limit(), config.frontends)
         self._front_end = FrontEnd(config, self._serving, limits, with_admin=False)
         self._say = say
-        self._status_seconds = min(STATUS_SECONDS, config.engine_timeout / 4 or STATUS_SECONDS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, lines: asyncio.StreamReader) -> int:
@@ -153,14 +158,9 @@ class Worker:
 
     async def _tell_status(self) -> None:
         while True:
-            self._say(
-                Status(
-                    self._serving.oldest_waiting(),
-                    self._serving.silent_seconds,
-                    self._serving.stalled_streams(),
-                )
-            )
-            await asyncio.sleep(self._status_seconds)
+            self._say(Alive(PATIENCE))
+            self._say(Status(self._serving.oldest_waiting(), self._serving.stalled_streams()))
+            await asyncio.sleep(STATUS_SECONDS)
 
 
 if __name__ == "__main__":

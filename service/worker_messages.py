@@ -7,6 +7,7 @@ One JSON object a line: to a worker over its standard input, back over its stand
 import msgspec
 
 from fusewire.service.config import ServeConfig
+from fusewire.service.life_signs import Alive
 from fusewire.service.messages import SetLogLevel
 
 
@@ -66,8 +67,6 @@ class Status(_Message, frozen=True):
 
     oldest_waiting: float | None
     """When the request that waits longest arrived; None if none waits."""
-    silent_seconds: float
-    """How long the engine has said nothing although it owes an answer."""
     stalled_streams: int = 0
     """Calls that are over but for a client that does not read."""
 
@@ -80,7 +79,7 @@ class Drained(_Message, frozen=True):
     ended: int
 
 
-FromWorker = Listening | Unusable | Ready | Status | Drained
+FromWorker = Alive | Listening | Unusable | Ready | Status | Drained
 
 _to_worker = msgspec.json.Decoder(ToWorker)
 _from_worker = msgspec.json.Decoder(FromWorker)

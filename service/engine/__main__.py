@@ -2,6 +2,7 @@
 
 Reads its `EngineConfig` as one line of JSON from standard input, loads the model, warms up every
 kernel mode, and only then listens. Later lines are `SetLogLevel`. It stops when standard input closes.
+On standard output it says signs of life, from the start of its loading on.
 A model or an option that cannot work ends it with `EXIT_UNUSABLE` and one line that says why.
 """
 
@@ -12,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,10 +27,12 @@ from fusewire.service.config import EngineConfig
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Channel, Inbox
 from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.patience import Patience, Work
 from fusewire.service.engine.progress import Report, show_progress
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine.step_time import StepTimes
 from fusewire.service.engine.watch import StepWatch
+from fusewire.service.life_signs import LifeSigns, become_a_child
 from fusewire.service.logs import ENGINE_TEXT, set_level, set_up
 from fusewire.service.messages import (
     EngineReady,
@@ -40,10 +43,20 @@ from fusewire.service.messages import (
     SetLogLevel,
     TokenizerSource,
 )
-from fusewire.service.supervisor import EXIT_UNUSABLE
+from fusewire.service.supervisor import EXIT_UNUSABLE, START_PATIENCE
 
 log = logging.getLogger("fusewire.engine")
 
+STAGE_SECONDS = 20.0
+"""What a stage of the start may take whatever the model."""
+SLOW_BYTES_A_SECOND = 20e6
+"""Of weights, from a slow disk, or through a step of a slow CPU."""
+COMPILE_SECONDS = 300.0
+"""What a stage of the start may take longer on a GPU, if few cores compile its kernels."""
+CPU_PATIENCE, GPU_PATIENCE = 3.0, 8.0
+"""Seconds that the step loop may always be silent; on a GPU a kernel may be compiled meanwhile."""
+GPU_FIRST_PATIENCE = 30.0
+"""What a step of a size that never ran may take longer on a GPU: it may need several kernels."""
 GC_THRESHOLDS = 50_000, 50, 50
 """New objects until a collection, and how many of these until one that goes deeper."""
 
@@ -53,19 +66,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fusewire-engine", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen on")
     socket_path = parser.parse_args().socket
+    output = become_a_child()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
     lines = read_lines(sys.stdin.fileno())
     config = msgspec.json.decode(next(lines), type=EngineConfig)
     set_up("engine", config.log_level, config.log_format, ENGINE_TEXT)
     logging.captureWarnings(True)  # libraries' own, which would not be lines of this log
     leave_a_core_to_the_front_end()
+    signs = LifeSigns(None if config.engine_timeout == 0 else output)
+    loaded: list[Engine] = []
+    threading.Thread(target=follow_input, args=(lines, loaded), daemon=True).start()
     try:
-        engine, inbox = build(config)
+        engine, inbox = build(config, signs=signs)
         channel = Channel(socket_path, inbox)
     except (ValueError, OSError, MemoryError) as error:
         log.error("cannot start: %s", error)
         return EXIT_UNUSABLE
-    threading.Thread(target=follow_input, args=(lines, engine), daemon=True).start()
+    loaded.append(engine)
     channel.start()
     calm_garbage_collector()
     engine.serve()
@@ -73,24 +90,35 @@ def main() -> int:
     return 0
 
 
-def build(config: EngineConfig, *, with_tokenizer: bool = True) -> tuple[Engine, Inbox]:
+def build(
+    config: EngineConfig, *, with_tokenizer: bool = True, signs: LifeSigns | None = None
+) -> tuple[Engine, Inbox]:
     """Load and warm up the model and put the engine around it; without a tokenizer, for no front end.
+
+    Args:
+        config: what to load.
+        with_tokenizer: whether the engine tells its front ends of a tokenizer.
+        signs: says that the loading, and later the engine, goes on; without them nobody is told.
 
     Raises:
         ValueError: if the model, its tokenizer or an option cannot be used.
     """
+    signs = signs or LifeSigns()
+    signs.ask(START_PATIENCE)  # for the import of transformers
     from fusewire.service.engine.tokenizer_source import read_tokenizer, require_files  # transformers
 
     names = RunnerOptions.__dataclass_fields__
     options = {name: getattr(config, name) for name in EngineConfig.__struct_fields__ if name in names}
     folder = Path(config.model_path)
+    stage_seconds = patience_of_stages(folder, config.device)
     if with_tokenizer:
         require_files(folder)
     with ThreadPoolExecutor(1, "tokenizer") as beside, show_progress() as progress:
         tokenizer = beside.submit(read_tokenizer if with_tokenizer else read_none, folder)
         runner = ModelRunner(
             RunnerOptions(path=folder, shadow=config.shadow_every > 0, **options),
-            progress=unless_failed(tokenizer, progress),
+            progress=unless_failed(tokenizer, progress, signs, stage_seconds),
+            on_stage=lambda: signs.ask(stage_seconds),
         )
     runner.warm_up(config.kernel_modes)
     pool = BlockPool(runner.num_blocks, runner.block_size)
@@ -109,7 +137,30 @@ def build(config: EngineConfig, *, with_tokenizer: bool = True) -> tuple[Engine,
     log.info("ready: %s on %s, %d KV cache blocks", ready.model.architecture, ready.device, pool.num_blocks)
     log.info("start: %s", ", ".join(f"{name}={value:.4g}" for name, value in runner.start_report.items()))
     overlap = runner.device_name != "cpu"  # there a launch returns with the work done
-    return Engine(runner, scheduler, ready, inbox, overlap, watch, examiner=runner, timer=runner), inbox
+    least, first = (GPU_PATIENCE, GPU_FIRST_PATIENCE) if overlap else (CPU_PATIENCE, 0.0)
+    patience = Patience(signs, least, first, config.engine_timeout)
+    a_path = runner.start_report["warm_up_seconds"] / len(config.kernel_modes)
+    for mode in config.kernel_modes:  # no step of its warm-up took longer than all of them
+        patience.learn(Work(mode, runner.warm_up_tokens), a_path)
+    engine = Engine(
+        runner, scheduler, ready, inbox, overlap, watch, examiner=runner, timer=runner, patience=patience
+    )
+    return engine, inbox
+
+
+def patience_of_stages(folder: Path, device: str) -> float:
+    """How many seconds one stage of the start may take: reading a tensor, a step of the warm-up, a graph.
+
+    Args:
+        folder: of the model; the time to read a tensor, or to run a step, grows with its weights.
+        device: as the option has it.
+    """
+    try:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except OSError:  # loading will tell what is wrong
+        size = 0
+    compiling = 0.0 if device == "cpu" or not torch.cuda.is_available() else COMPILE_SECONDS
+    return STAGE_SECONDS + size / SLOW_BYTES_A_SECOND + compiling
 
 
 def read_none(folder: Path) -> TokenizerSource:
@@ -117,12 +168,15 @@ def read_none(folder: Path) -> TokenizerSource:
     return TokenizerSource(json="")
 
 
-def unless_failed(tokenizer: "Future[TokenizerSource]", report: Report) -> Report:
-    """Pass progress on, and end the loading by what makes its tokenizer unusable."""
+def unless_failed(
+    tokenizer: "Future[TokenizerSource]", report: Report, signs: LifeSigns, stage_seconds: float
+) -> Report:
+    """Pass progress on, say that it goes on, and end the loading by what makes its tokenizer unusable."""
 
     def report_unless_failed(done: int, total: int) -> None:
         if tokenizer.done():
             tokenizer.result()
+        signs.ask(stage_seconds)
         report(done, total)
 
     return report_unless_failed
@@ -181,14 +235,16 @@ def read_lines(file: int) -> Iterator[bytes]:
         yield from lines
 
 
-def follow_input(lines: Iterator[bytes], engine: Engine) -> None:
-    """Do what the server says until it closes the pipe or dies, then stop the engine."""
+def follow_input(lines: Iterator[bytes], loaded: Sequence[Engine]) -> None:
+    """Do what the server says until it closes the pipe, then stop the engine, or this process if it loads."""
     for line in lines:
         try:
             set_level(msgspec.json.decode(line, type=SetLogLevel).level)
         except msgspec.DecodeError as error:
             log.error("the server says what cannot be read: %s", error)
-    engine.stop()
+    if not loaded:
+        os._exit(0)
+    loaded[0].stop()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ reader nor polls. Knows the framing and nothing of what the messages mean.
 """
 
 import logging
+import select
 import socket
 import threading
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import msgspec
 
@@ -25,6 +26,10 @@ from fusewire.service.messages import (
 
 log = logging.getLogger(__name__)
 
+MAX_UNREAD_BYTES = 64 << 20
+"""What is kept for a front end that does not read, before it is disconnected."""
+WRITABLE_MILLISECONDS = 100
+"""How long a writer waits for its front end to read, before it looks what else there is to send."""
 ACCEPT_PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds after each failure to accept in a row, the last for all that follow."""
 
@@ -67,13 +72,33 @@ class Connection:
             self.close()
 
     def _write_all(self) -> None:
+        unread = bytearray()
         with self._sock, suppress(OSError):
             try:
-                while (message := self._outgoing.get()) is not None:
-                    self._sock.sendall(encode(message))
+                while self._take_queued(unread) and len(unread) <= MAX_UNREAD_BYTES:
+                    self._send_some(unread)
             except (ValueError, OverflowError) as error:  # too large a frame, or number
                 log.error("a message cannot be sent, so a front end is disconnected: %s", error)
-                self.close()
+            if len(unread) > MAX_UNREAD_BYTES:
+                log.error("a front end leaves %d MB unread and is disconnected", len(unread) >> 20)
+            self.close()
+
+    def _take_queued(self, unread: bytearray) -> bool:
+        """Add all that is queued, waiting for a message if there is nothing to send; False at the end."""
+        with suppress(Empty):
+            while (message := self._outgoing.get(block=not unread)) is not None:
+                unread += encode(message)
+            return False
+        return True
+
+    def _send_some(self, unread: bytearray) -> None:
+        """Send what the front end has room for, or wait a while for room."""
+        try:
+            del unread[: self._sock.send(unread, socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            writable = select.poll()
+            writable.register(self._sock, select.POLLOUT)
+            writable.poll(WRITABLE_MILLISECONDS)
 
 
 Inbox = SimpleQueue[tuple[Connection, ToEngine | Change] | None]

@@ -22,12 +22,14 @@ from fusewire.model.batch import Sampled
 from fusewire.service.engine.channel import Change, Connection, Inbox
 from fusewire.service.engine.examination import Examinations, Examiner
 from fusewire.service.engine.failed_step import run_rows_apart
+from fusewire.service.engine.patience import CONTEXT_TOKENS, Patience, Work
 from fusewire.service.engine.plan import StepPlan
 from fusewire.service.engine.request import Request
 from fusewire.service.engine.routing import Router
 from fusewire.service.engine.runner import Runner, StepTimer
 from fusewire.service.engine.scheduler import Scheduler
 from fusewire.service.engine.watch import StepWatch
+from fusewire.service.life_signs import LifeSigns
 from fusewire.service.messages import (
     AddRequest,
     CancelReply,
@@ -53,8 +55,8 @@ from fusewire.service.messages import (
 log = logging.getLogger(__name__)
 
 CANNOT_COMPUTE = "the request could not be computed"
-TELL_SECONDS = 1.0
-"""How long an engine that only examines is silent at most, but for the part that it is at."""
+EXAMINED_TOKENS = 512
+"""Of a part of an examination at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Engine:
         watch: looks closer at some steps.
         examiner: compares kernel paths; without one that is not available.
         timer: tells the device time of steps; without one it is not known.
+        patience: says that the loop goes on; without one nobody is told.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Engine:
         watch: StepWatch | None = None,
         examiner: Examiner | None = None,
         timer: StepTimer | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -102,6 +106,9 @@ class Engine:
         self._orders = itertools.count()
         self._watch = watch
         self._timer = timer
+        self._patience = patience or Patience(LifeSigns())
+        most_examined = EXAMINED_TOKENS * (1 + ready.model.context_length / CONTEXT_TOKENS)
+        self._examined = Work("examination", most_examined)
         self._examinations = Examinations(examiner, ready.kernel_backends.keys(), scheduler.pool)
         self._router = Router(ready.routing, frozenset(ready.kernel_backends), time.monotonic())
         scheduler.reroute(self._router.mode_of)
@@ -111,8 +118,6 @@ class Engine:
         """When the step collected last was done."""
         self._step = 0
         self._reported_preemptions = 0
-        self._told_at = 0.0
-        """When everyone got the last report."""
         self._stopping = False
 
     @property
@@ -135,7 +140,7 @@ class Engine:
     def step(self) -> None:
         """One turn of the loop: launch the next step, if there is one, and settle the one before it.
 
-        Waits for a message while idle, and otherwise only for the device.
+        Waits for a message while idle, though never long, and otherwise only for the device.
         """
         self._take_in()
         now = time.monotonic()
@@ -143,6 +148,7 @@ class Engine:
             self._apply_routing()
         self._scheduler.expire(now)
         plan = self._scheduler.plan(now)
+        self._ask_for_patience(plan)
         launched = self._launch(plan) if plan is not None else None
         self._publish_events()
         due, self._ahead = (self._ahead, launched) if self._overlap else (launched, None)
@@ -151,14 +157,21 @@ class Engine:
         if self._examinations:
             self._examine_on()
 
+    def _ask_for_patience(self, plan: StepPlan | None) -> None:
+        """Say that the loop goes on, before it launches a step and waits for it or the one ahead of it."""
+        plans = [plan, self._ahead.plan if self._ahead is not None else None]
+        self._patience.ask_for(Work.of(each) for each in plans if each is not None)
+
     # ---- in ----
 
     def _take_in(self) -> None:
-        """Apply every message that has arrived; wait for one if there is nothing to do."""
+        """Apply every message that has arrived; wait a while for one if there is nothing to do."""
         block = self.is_idle
+        if block:
+            self._patience.ask_for()
         with suppress(Empty):
             while True:
-                item = self._inbox.get(block=block)
+                item = self._inbox.get(block=block, timeout=self._patience.idle_seconds)
                 if item is not None:
                     self._apply(*item)
                 block = False
@@ -277,15 +290,16 @@ class Engine:
             connection.send(ExamineReply(wish.call_id, refusal))
 
     def _examine_on(self) -> None:
-        """Do a part of the first examination, and let everyone hear now and then that the engine lives."""
-        finished = self._examinations.advance()
-        if finished is not None:
-            connection, reply = finished
-            if reply.refusal == "failed":
-                self._runner.check_device()
-            connection.send(reply)
-        if finished is not None or time.monotonic() - self._told_at >= TELL_SECONDS:
-            self._tell_everyone(self._scheduler.take_events())
+        """Do a part of the first examination, and tell everyone at its end that its blocks are free."""
+        with self._patience.during(self._examined):
+            finished = self._examinations.advance()
+        if finished is None:
+            return
+        connection, reply = finished
+        if reply.refusal == "failed":
+            self._runner.check_device()
+        connection.send(reply)
+        self._tell_everyone(self._scheduler.take_events())
 
     def _end_examinations(self, owner: Connection, call_id: int | None = None) -> None:
         """Give up a front end's examination, or all of them, and tell everyone that their blocks are free."""
@@ -320,7 +334,7 @@ class Engine:
         if self._ahead is not None:  # steps settle in the order of their launches
             ahead, self._ahead = self._ahead, None
             self._settle(ahead)
-        apart = run_rows_apart(self._runner, plan)
+        apart = run_rows_apart(self._runner, plan, before_row=lambda: self._ask_for_patience(plan))
         for request in apart.failed:
             self._scheduler.finish(request.spec.request_id, "error", CANNOT_COMPUTE)
         count = self._commit(plan, apart.sampled, apart.nonfinite_rows)
@@ -338,6 +352,7 @@ class Engine:
         count = self._commit(plan, sampled, nonfinite_rows, seconds)
         timings, checks = self._watch.take() if self._watch is not None else ((), ())
         device_seconds = self._timer.device_seconds(handle) if self._timer is not None else None
+        self._patience.learn(Work.of(plan), max(seconds, device_seconds or 0.0))
         self._publish_step(
             plan,
             duration=seconds,
@@ -397,7 +412,6 @@ class Engine:
 
     def _tell_everyone(self, events_of: Mapping[Connection, Events], **of_step: Any) -> None:
         """Report the load to every connection, each with its own events, and what a step did, if one did."""
-        self._told_at = time.monotonic()
         for connection in self._connections:
             report = self._report(events_of.get(connection, Events()))
             connection.send(msgspec.structs.replace(report, **of_step))

@@ -1,6 +1,7 @@
 """Finds out which requests a failed step failed for, by running each of its rows in a step of its own."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fusewire.model.batch import Sampled, Step
@@ -22,11 +23,16 @@ class RowsApart:
     """The requests whose rows failed."""
 
 
-def run_rows_apart(runner: Runner, plan: StepPlan) -> RowsApart:
+def run_rows_apart(runner: Runner, plan: StepPlan, before_row: Callable[[], None]) -> RowsApart:
     """Run each row of a step that failed by itself, once every step before it is collected.
 
     What the step did before it failed, its rows do again with the same result: the same keys and values
     go to the same slots, and a draw depends on nothing but the request.
+
+    Args:
+        runner: computes the rows.
+        plan: the step that failed.
+        before_row: called before each row.
 
     Raises:
         Exception: what `check_device` raises, if nothing can be run any more.
@@ -36,6 +42,7 @@ def run_rows_apart(runner: Runner, plan: StepPlan) -> RowsApart:
         sample = None
         if not request.ended:
             seatings = [seating for seating in plan.seatings if seating.seat == row.seat]
+            before_row()
             try:
                 handle = runner.launch(Step(plan.mode, [row], seatings))
                 (sample,) = runner.collect(handle)

@@ -115,7 +115,6 @@ class Serving:
         self._time_is_up = False
         """Whether a drain waits no longer."""
         self._fewer = asyncio.Event()
-        self._heard = self.started
 
     # ---- what is there ----
 
@@ -255,12 +254,6 @@ class Serving:
         self._running.pop(request.request_id, None)
         self._fewer.set()
 
-    @property
-    def silent_seconds(self) -> float:
-        """How long the engine has said nothing although it owes an answer; 0 if it owes none."""
-        since = self.engine.owed_since
-        return 0.0 if since is None else time.monotonic() - max(self._heard, since)
-
     async def cancel(self, request_id: str, caller: str) -> None:
         """End a request of this caller, through whichever front end it came.
 
@@ -289,13 +282,11 @@ class Serving:
     # ---- what the engine says ----
 
     def _take_report(self, report: StepReport) -> None:
-        self._heard = time.monotonic()
         self.load = Load(report.running, report.waiting, report.kv_usage)
         self.metrics.observe_step(report)
 
     def _take_state(self, ready: EngineReady | None) -> None:
         self.load = Load()
-        self._heard = time.monotonic()
         self.metrics.observe_engine(ready)
         if ready is not None:
             self._vocab_size = ready.model.vocab_size

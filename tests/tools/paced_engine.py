@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from fusewire.kernels.modes import KernelMode
+from fusewire.service.life_signs import LifeSigns, become_a_child
 from fusewire.service.messages import (
     HEADER_BYTES,
     AddRequest,
@@ -48,6 +49,7 @@ from fusewire.service.messages import (
 )
 from tests.tools.demo_tokenizer import demo_source
 
+PATIENCE = 4.0
 CONTEXT = 32768
 VOCAB = 4000
 READY = EngineReady(
@@ -77,8 +79,9 @@ class Stream:
 class PacedEngine:
     """Serves a unix socket; `run` returns when standard input closes."""
 
-    def __init__(self, path: Path, step_seconds: float) -> None:
+    def __init__(self, path: Path, step_seconds: float, signs: LifeSigns) -> None:
         self._step_seconds = step_seconds
+        self._signs = signs
         self._streams: dict[str, Stream] = {}
         self._connections: list[socket.socket] = []
         self._inbox: SimpleQueue[tuple[socket.socket, ToEngine | None]] = SimpleQueue()
@@ -111,6 +114,7 @@ class PacedEngine:
     def _step_for_ever(self) -> None:
         due = time.monotonic()
         while True:
+            self._signs.ask(PATIENCE + self._step_seconds)
             due = max(due + self._step_seconds, time.monotonic())
             time.sleep(max(0.0, due - time.monotonic()))
             while True:
@@ -186,7 +190,7 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=float(os.environ.get("PACED_STEP", "0.0025")))
     args = parser.parse_args()
     os.read(sys.stdin.fileno(), 1 << 16)  # the configuration, which changes nothing here
-    PacedEngine(args.socket, args.step).run()
+    PacedEngine(args.socket, args.step, LifeSigns(become_a_child())).run()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The step loop without a socket: what it launches when, and what it tells whom."""
 
 import time
+from collections.abc import Iterable
 from queue import SimpleQueue
 from typing import Any
 
@@ -14,9 +15,11 @@ from fusewire.model.sampling_params import SamplingParams
 from fusewire.service.engine.block_pool import BlockPool
 from fusewire.service.engine.channel import Change, Inbox
 from fusewire.service.engine.engine import Engine
+from fusewire.service.engine.patience import Patience, Work
 from fusewire.service.engine.plan import StepPlan
 from fusewire.service.engine.routing import share_of
 from fusewire.service.engine.scheduler import Scheduler
+from fusewire.service.life_signs import LifeSigns
 from fusewire.service.messages import (
     AddRequest,
     CancelReply,
@@ -401,13 +404,30 @@ def test_everyone_hears_that_an_examination_has_given_its_blocks_back(fake_runne
     assert [last_load(front_end) for front_end in desk.front_ends] == [(0, 0.0)] * 2
 
 
-def test_an_engine_that_only_examines_is_heard_of(fake_runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusewire.service.engine.engine.TELL_SECONDS", 0.0)
-    desk = Desk(fake_runner(64, 4), examiner=Examiner())
+def test_the_loop_says_that_it_goes_on_whatever_it_does(fake_runner) -> None:
+    class Heard(Patience):
+        def __init__(self) -> None:
+            super().__init__(LifeSigns())
+            self.asked: list[list[Work]] = []
+
+        def ask_for(self, ahead: Iterable[Work] = ()) -> None:
+            self.asked.append(list(ahead))
+
+    heard = Heard()
+    desk = Desk(fake_runner(64, 4), examiner=Examiner(), patience=heard)
+    desk.engine.step()
+    heard.asked.clear()
+    desk.engine.step()
+    assert heard.asked[0] == [], "it is idle"
+    assert heard.seconds([]) == 0.0
+    desk.add("a", max_tokens=3)
+    heard.asked.clear()
+    desk.finish()
+    sizes = [[work.size for work in each] for each in heard.asked]
+    assert sizes == [[], [2], [1, 2], [1, 1], [1], []][: len(sizes)], "a step, and the one ahead of it"
     desk.tell(examination())
-    for heard in range(1, 4):
-        desk.engine.step()
-        assert len([m for m in desk.front_ends[0].messages if isinstance(m, StepReport)]) == heard
+    desk.engine.step()
+    assert heard.asked[-1] == [Work("examination", 512 * (1 + READY.model.context_length / 2048))]
 
 
 def test_an_examination_that_is_given_up_is_not_gone_on_with(fake_runner) -> None:
