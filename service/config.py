@@ -178,6 +178,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 30.0
     drain_seconds: Annotated[Seconds, Meta(description="time that running requests get after SIGTERM")] = 30.0
     max_request_bytes: Annotated[int, Meta(ge=1, lt=2**31, description="largest request message")] = 4 << 20
+    request_buffer_bytes: Annotated[
+        Count,
+        Meta(
+            description="bytes of requests that one front end holds at once, half of them for messages that "
+            "are still coming in; two of the largest are held in any case"
+        ),
+    ] = 128 << 20
     max_response_bytes: Annotated[
         int,
         Meta(

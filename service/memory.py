@@ -9,7 +9,10 @@ import ctypes
 from pathlib import Path
 
 GROWTH = 1.1
-"""How many times what was left after the last time the memory must be, to be worth another time."""
+"""How many times the least that was ever left the memory must be, to be worth another time.
+
+Not what was left the last time: that may have been in the middle of a flood, whose memory was still in use.
+"""
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """Of glibc; other libraries give back by themselves."""
@@ -27,7 +30,7 @@ async def keep_giving_back(look_seconds: float = 5.0) -> None:
         await asyncio.sleep(look_seconds)
         if _resident_pages() > GROWTH * left:
             await asyncio.to_thread(_trim, 0)
-            left = _resident_pages()
+            left = min(left, _resident_pages())
 
 
 def _resident_pages() -> int:

@@ -12,13 +12,15 @@ prompts must filter it.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import tokenizers
 
 from fusewire.service.chat_template import NO_OPTIONS, ChatOptions, ChatTemplate, UnusableChatTemplate
 from fusewire.service.messages import TokenizerSource
+from fusewire.service.pieces import LONGEST_WHOLE_BYTES, TextCutter, can_cut
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class Tokenizer:
         require_byte_level(backend)
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self._before, self._after = _take_surroundings(backend)
+        self._cutter = TextCutter(backend)
         self._template = _compile(chat_template, named_tokens)
         self._tool_template = (
             self._template if tool_template is None else _compile(tool_template, named_tokens)
@@ -60,6 +63,7 @@ class Tokenizer:
         self._whole_texts = [_whole_text(token) for token in self._token_bytes]
         self.longest_token = max(map(len, self._token_bytes), default=0)
         """Bytes of the longest token."""
+        self._most_text = _most_text(backend, self.longest_token, self._cutter.shrinks)
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -76,6 +80,12 @@ class Tokenizer:
         except Exception as error:  # the bindings have no narrower class
             raise TokenizerError(f"tokenizer: {error}") from error
         backend.encode_special_tokens = source.split_special_tokens  # which the JSON does not hold
+        if not can_cut(backend):
+            log.warning(
+                "the tokenizer splits or normalizes text in a way that is not known here, so a text of more "
+                "than %d bytes is refused",
+                LONGEST_WHOLE_BYTES,
+            )
         templates = source.chat_templates
         return cls(backend, templates.get("default"), source.named_tokens, templates.get("tool_use"))
 
@@ -90,8 +100,12 @@ class Tokenizer:
         return isinstance(self._template, ChatTemplate)
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize plain text, with the special tokens that the tokenizer itself puts around a prompt."""
-        return self._encode(text, add_special_tokens=True)
+        """Tokenize plain text, with the special tokens that the tokenizer itself puts around a prompt.
+
+        Raises:
+            CannotCut: see `pieces`.
+        """
+        return list(chain.from_iterable(self.pieces(text)))
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_OPTIONS
@@ -100,12 +114,27 @@ class Tokenizer:
 
         Raises:
             ChatTemplateError: see `render_chat`.
+            CannotCut: see `pieces`.
         """
-        return self._encode(self.render_chat(messages, options), add_special_tokens=False)
+        rendered = self.render_chat(messages, options)
+        return list(chain.from_iterable(self.pieces(rendered, is_rendered=True)))
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize as a batch of one: unlike `encode`, that lets other threads run meanwhile."""
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    def pieces(self, text: str, *, is_rendered: bool = False) -> Iterator[list[int]]:
+        """Yield the tokens of a text, some at a time and now and then none; each step takes little memory.
+
+        Args:
+            text: plain text, or what `render_chat` made.
+            is_rendered: whether it is the latter, which has all of its special tokens already.
+
+        Raises:
+            CannotCut: if a part of the text is too long for one step and cannot be cut.
+        """
+        pieces = self._cutter.encode(text)
+        return pieces if is_rendered else chain([self._before], pieces, [self._after])
+
+    def least_tokens(self, text_bytes: int) -> int:
+        """How many tokens a text of so many bytes in UTF-8 surely has; 0 where that cannot be told."""
+        return 0 if self._most_text is None else -(-text_bytes // self._most_text)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_OPTIONS) -> str:
         """Render a conversation as `ChatTemplate.render` does.
@@ -124,9 +153,12 @@ class Tokenizer:
 
         Special tokens give no text unless `keep_special`; ids outside the tokenizer never do.
         """
+        return self.bytes_of(ids, keep_special).decode("utf-8", errors="replace")
+
+    def bytes_of(self, ids: Iterable[int], keep_special: bool = False) -> bytes:
+        """Join the bytes of tokens; special ones have none unless `keep_special`, nor have unknown ids."""
         dropped = frozenset() if keep_special else self.special_ids
-        joined = b"".join(self.token_bytes(token_id) for token_id in ids if token_id not in dropped)
-        return joined.decode("utf-8", errors="replace")
+        return b"".join(self.token_bytes(token_id) for token_id in ids if token_id not in dropped)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, special or not; none for an id outside the tokenizer."""
@@ -156,6 +188,21 @@ def require_byte_level(backend: tokenizers.Tokenizer) -> None:
             "only byte-level BPE can be served (model BPE, decoder ByteLevel), "
             f"got model {type(model).__name__}, decoder {type(decoder).__name__}"
         )
+
+
+def _take_surroundings(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Take off a tokenizer's post-processor; return the tokens that it puts before and behind a prompt."""
+    whole = backend.encode("a").ids
+    backend.post_processor = None  # would do it to each piece of a text, and change where its tokens are
+    own = backend.encode("a").ids
+    start = next(index for index in range(len(whole)) if whole[index : index + len(own)] == own)
+    return whole[:start], whole[start + len(own) :]
+
+
+def _most_text(backend: tokenizers.Tokenizer, longest_token: int, shrinks: int | None) -> int | None:
+    """The most bytes of a text that one token stands for; None if some bytes may get no token at all."""
+    has_every_byte = all(backend.token_to_id(character) is not None for character in _byte_alphabet())
+    return longest_token * shrinks if has_every_byte and shrinks is not None else None
 
 
 def _bytes_by_id(backend: tokenizers.Tokenizer) -> list[bytes]:

@@ -4,8 +4,7 @@ The limits are those that the proto's comments state.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
@@ -15,10 +14,13 @@ from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_ENTRIES = 16384
+"""Messages, tools, or tool calls of all messages together."""
 MAX_ARGUMENTS_BYTES = 64 << 10
 MAX_TOOLS_BYTES = 1 << 20
 MAX_TOOL_CALLS_BYTES = 1 << 20
 """Of all messages together."""
+BEFORE = " with those before it"
 MAX_DEPTH = 24
 """Of a Struct; protobuf itself reads about 30 levels."""
 
@@ -38,32 +40,17 @@ _FIRST_KEYS = (
 """The order in which tools and calls are usually written, which is the one that models have learnt."""
 _RANKS = {key: rank for rank, key in enumerate(_FIRST_KEYS)}
 
-T = TypeVar("T")
 
-
-def encode(chat: pb.ChatPrompt, tokenizer: Tokenizer) -> list[int]:
-    """Check a chat prompt, render it and tokenize that. Slow for long text.
+def render(chat: pb.ChatPrompt, tokenizer: Tokenizer) -> str:
+    """Check a chat prompt and render it. Slow for long text.
 
     Raises:
         StatusError: INVALID_ARGUMENT, also if the template refuses it; FAILED_PRECONDITION if the model
             has no template that can be used.
     """
-    return _put_through(tokenizer.encode_chat, chat)
-
-
-def render(chat: pb.ChatPrompt, tokenizer: Tokenizer) -> str:
-    """Check a chat prompt and render it.
-
-    Raises:
-        StatusError: as `encode` does.
-    """
-    return _put_through(tokenizer.render_chat, chat)
-
-
-def _put_through(template: Callable[[Sequence[Mapping[str, Any]], ChatOptions], T], chat: pb.ChatPrompt) -> T:
     messages, options = _read_messages(chat), _read_options(chat)
     try:
-        return template(messages, options)
+        return tokenizer.render_chat(messages, options)
     except UnusableChatTemplate as error:
         raise failed_precondition("chat", str(error)) from None
     except ChatTemplateError as error:
@@ -74,6 +61,7 @@ def _put_through(template: Callable[[Sequence[Mapping[str, Any]], ChatOptions], 
 def _read_options(chat: pb.ChatPrompt) -> ChatOptions:
     arguments = "chat.template_arguments"
     _at_most_bytes(arguments, chat.template_arguments.ByteSize(), MAX_ARGUMENTS_BYTES)
+    _at_most_entries("chat.tools", len(chat.tools))
     _at_most_bytes("chat.tools", sum(tool.ByteSize() for tool in chat.tools), MAX_TOOLS_BYTES)
     return ChatOptions(
         template_arguments=_plain_struct(arguments, chat.template_arguments),
@@ -85,12 +73,15 @@ def _read_options(chat: pb.ChatPrompt) -> ChatOptions:
 def _read_messages(chat: pb.ChatPrompt) -> list[dict[str, Any]]:
     if not chat.messages:
         raise invalid_argument("chat.messages", "must hold at least one message")
-    called_bytes = 0
+    _at_most_entries("chat.messages", len(chat.messages))
+    calls = called_bytes = 0
     messages = []
     for index, message in enumerate(chat.messages):
         field = f"chat.messages[{index}]"
+        calls += len(message.tool_calls)
+        _at_most_entries(f"{field}.tool_calls", calls, BEFORE)
         called_bytes += sum(call.ByteSize() for call in message.tool_calls)
-        _at_most_bytes(f"{field}.tool_calls", called_bytes, MAX_TOOL_CALLS_BYTES, " with those before it")
+        _at_most_bytes(f"{field}.tool_calls", called_bytes, MAX_TOOL_CALLS_BYTES, BEFORE)
         messages.append(_read_message(field, message))
     return messages
 
@@ -153,6 +144,11 @@ def _plain_number(field: str, number: float) -> int | float:
 def _at_most_deep(field: str, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise invalid_argument(field, f"must be at most {MAX_DEPTH} deep")
+
+
+def _at_most_entries(field: str, count: int, which: str = "") -> None:
+    if count > MAX_ENTRIES:
+        raise invalid_argument(field, f"must hold at most {MAX_ENTRIES} entries{which}, got {count}")
 
 
 def _at_most_bytes(field: str, size: int, most: int, which: str = "") -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import msgspec
@@ -21,7 +22,7 @@ import msgspec
 from fusewire.kernels.modes import KernelMode
 from fusewire.service.comparison_report import OtherLoad, SideResult, make_report
 from fusewire.service.messages import AddRequest, EngineReady, ExamineReply
-from fusewire.service.rpc import validation
+from fusewire.service.rpc import prompt, validation
 from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, inside, unavailable
@@ -78,24 +79,29 @@ class Comparison:
         """
         ready = self._serving.ready
         validation.check_comparison(request, ready)
+        responses = self._compare(request, ready)
+        del request  # whose prompts may be long
         with self._serving.comparing():
-            async with aclosing(self._compare(request, ready)) as responses:
+            async with aclosing(responses):
                 async for response in responses:
                     yield response
 
     async def _compare(
         self, request: pb.CompareRequest, ready: EngineReady
     ) -> AsyncGenerator[pb.CompareResponse]:
+        repetitions = validation.repetitions(request)
         with ExitStack() as admissions:
             lives = [admissions.enter_context(self._admitted(self._call.arrival)) for _ in range(2)]
             sides = left, right = (
                 await self._prepare("left", request.left, ready),
                 await self._prepare("right", request.right, ready),
             )
+            del request
+            self._call.release_request()
             async with aclosing(self._run_both(sides, lives)) as deltas:
                 async for delta in deltas:
                     yield pb.CompareResponse(delta=delta)
-        order = [left, right, right, left] * validation.repetitions(request)
+        order = [left, right, right, left] * repetitions
         order = order[: len(order) // 2]
         for number, side in enumerate(order):
             yield _progress(number, len(order))
@@ -112,8 +118,10 @@ class Comparison:
         serving = self._serving
         with inside(name):
             serving.require_model(request.model)
-            prompt_ids = await validation.encode_prompt_aside(
-                request, serving.tokenizer, ready.model.vocab_size
+            check = partial(prompt.check_compared, ready.model.context_length)
+            workers, size = serving.text_workers, self._call.request_bytes
+            prompt_ids = await prompt.encode_aside(
+                request, serving.tokenizer, ready.model.vocab_size, check, workers, size
             )
             add = validation.compared_request(request, prompt_ids, ready, name, self._call)
         assert add.kernel_mode is not None  # the check has seen to it

@@ -21,6 +21,7 @@ from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.generation import GenerationService
 from fusewire.service.rpc.handlers import Gate, UnknownMethods, generic_handler
 from fusewire.service.rpc.model import ModelService
+from fusewire.service.rpc.request_buffer import RequestBuffer
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.supervisor import fail_at_end
 from fusewire.v1 import admin_pb2, generation_pb2, model_pb2
@@ -42,6 +43,8 @@ handlers, which say why and when to try again.
 """
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),  # the handlers refuse what is too long, by a status
+    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.http2.bdp_probe", 0),  # else gRPC takes up to 4 MiB of a message before anybody reads it
     ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and lets clients do the same
@@ -155,11 +158,13 @@ class FrontEnd:
         metrics, max_response_bytes = self._serving.metrics.rpc, self._config.max_response_bytes
         stalls = self._serving.stalls
         described = reflection.Reflection([*services, HEALTH])
+        buffer = RequestBuffer(self._config.request_buffer_bytes, self._config.max_request_bytes)
         handlers = [
             generic_handler(
                 service,
                 implementation,
                 gate,
+                buffer,
                 metrics,
                 stalls,
                 max_response_bytes,
@@ -173,7 +178,14 @@ class FrontEnd:
         ]
         handlers.append(
             generic_handler(
-                reflection.SERVICE, described, gate, metrics, stalls, max_response_bytes, reflection.V1
+                reflection.SERVICE,
+                described,
+                gate,
+                buffer,
+                metrics,
+                stalls,
+                max_response_bytes,
+                reflection.V1,
             )
         )
         handlers.append(UnknownMethods(metrics))  # the last one is asked last

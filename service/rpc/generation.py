@@ -5,17 +5,23 @@ request passes through the engine is `fusewire.service.rpc.run`, how tokens beco
 `fusewire.service.rpc.answer`, and how two paths are compared `fusewire.service.rpc.comparison`.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
-from fusewire.service.rpc import response_size, validation
+from fusewire.service.rpc import prompt, response_size, validation
 from fusewire.service.rpc.answer import Answer, AnswerOptions
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.comparison import Comparison
 from fusewire.service.rpc.run import Run
 from fusewire.service.rpc.serving import LiveRequest, Serving
+from fusewire.service.rpc.text_workers import Steps
 from fusewire.v1 import generation_pb2 as pb
+
+LEAST_TOKEN_BYTES = 4
+"""Of a response of Tokenize: an id, the header of a token and one byte of it."""
+IDS_PER_STEP = 1 << 16
+"""How many tokens become text in one step."""
 
 
 class GenerationService:
@@ -29,7 +35,10 @@ class GenerationService:
         limit = self._serving.config.max_response_bytes
         whole = pb.GenerateResponse()
         texts, size = [], 0
-        async with aclosing(self._generate(request, call, is_whole=True)) as responses:
+        logprobs = request.response.logprobs
+        generation = self._generate(request, call, is_whole=True)
+        del request  # see `_generate`
+        async with aclosing(generation) as responses:
             async for response in responses:
                 match response.WhichOneof("event"):
                     case "started":
@@ -40,7 +49,7 @@ class GenerationService:
                         whole.logprobs.extend(response.delta.logprobs)
                         size += response_size.added_bytes(response.delta)
                         if size > limit:
-                            raise response_size.answer_too_large(request, limit)
+                            raise response_size.answer_too_large(logprobs, limit)
                     case "finished":
                         end = response.finished
                         whole.reason, whole.matched_stop = end.reason, end.matched_stop
@@ -49,7 +58,7 @@ class GenerationService:
                         whole.kernel.CopyFrom(end.kernel)
         whole.text = "".join(texts)
         if whole.ByteSize() > limit:  # by its last fields
-            raise response_size.answer_too_large(request, limit)
+            raise response_size.answer_too_large(logprobs, limit)
         return whole
 
     def StreamGenerate(  # noqa: N802
@@ -63,7 +72,8 @@ class GenerationService:
     ) -> AsyncGenerator[pb.StreamGenerateResponse]:
         """Yield the events of a generation.
 
-        The request leaves the engine whichever way this ends, a vanished client included.
+        Nothing refers to the request any more once its prompt is tokens: the text may be long, and the answer
+        take long. The generation leaves the engine whichever way this ends, a vanished client included.
 
         Args:
             request: what to generate.
@@ -73,7 +83,10 @@ class GenerationService:
         serving = self._serving
         with serving.admitted(call.caller, call.arrival) as live:
             answer = await self._prepare(request, live, call, is_whole=is_whole)
-            with Run(serving, live, answer, call.sender, request.client_request_id, call.span) as run:
+            name = request.client_request_id
+            del request
+            call.release_request()
+            with Run(serving, live, answer, call.sender, name, call.span) as run:
                 await call.send_request_id(live.request_id)
                 while not run.has_ended:
                     for response in await run.take():
@@ -88,10 +101,14 @@ class GenerationService:
         ready, tokenizer = serving.ready, serving.tokenizer
         serving.require_model(request.model)
         validation.check_request(request, ready)
-        prompt_ids = await validation.encode_prompt_aside(request, tokenizer, ready.model.vocab_size)
+        check = partial(prompt.check_context, ready.model.context_length)
+        workers, size = serving.text_workers, call.request_bytes
+        prompt_ids = await prompt.encode_aside(
+            request, tokenizer, ready.model.vocab_size, check, workers, size
+        )
         echo = ""
         if request.response.echo_prompt:
-            echo = await asyncio.to_thread(validation.prompt_text, request, tokenizer)
+            echo = await workers.run(prompt.spell_out(request, tokenizer), size)
         add = validation.add_request(
             request, prompt_ids, ready, live.request_id, call, serving.config.default_max_tokens
         )
@@ -110,7 +127,9 @@ class GenerationService:
         self, request: pb.CompareRequest, call: Call
     ) -> AsyncGenerator[pb.CompareResponse]:
         """Run two kernel paths side by side, then each alone, and yield what comes and a report."""
-        async with aclosing(Comparison(self._serving, call).compare(request)) as responses:
+        comparison = Comparison(self._serving, call).compare(request)
+        del request  # see `_generate`
+        async with aclosing(comparison) as responses:
             async for response in responses:
                 yield response
 
@@ -127,13 +146,19 @@ class GenerationService:
         tokenizer, vocab_size = self._serving.tokenizer, self._serving.vocab_size
         limit = self._serving.config.max_response_bytes
 
-        def tokenize() -> pb.TokenizeResponse:
-            token_ids = validation.encode_prompt(request, tokenizer, vocab_size)
-            response = pb.TokenizeResponse(token_ids=token_ids, tokens=map(tokenizer.token_bytes, token_ids))
+        def check(field: str, tokens: int) -> None:
+            response_size.check_size(field, LEAST_TOKEN_BYTES * tokens, limit)
+
+        def tokenize() -> Steps[pb.TokenizeResponse]:
+            response = pb.TokenizeResponse()
+            for piece in prompt.prompt_pieces(request, tokenizer, vocab_size, check):
+                response.token_ids.extend(piece)
+                response.tokens.extend(map(tokenizer.token_bytes, piece))
+                yield
             response_size.check_size(request.WhichOneof("prompt") or "prompt", response, limit)
             return response
 
-        return await asyncio.to_thread(tokenize)
+        return await self._serving.text_workers.run(tokenize(), call.request_bytes)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:  # noqa: N802
         """Turn tokens into text, also while the engine loads."""
@@ -141,21 +166,31 @@ class GenerationService:
         tokenizer, vocab_size = self._serving.tokenizer, self._serving.vocab_size
         limit = self._serving.config.max_response_bytes
 
-        def detokenize() -> pb.DetokenizeResponse:
-            validation.check_ids("token_ids", request.token_ids, vocab_size)
-            dropped = frozenset() if request.keep_special_tokens else tokenizer.special_ids
-            kept = [token_id for token_id in request.token_ids if token_id not in dropped]
-            least = sum(len(tokenizer.token_bytes(token_id)) for token_id in kept)  # U+FFFD makes it longer
-            response_size.check_size("token_ids", least, limit)
-            response = pb.DetokenizeResponse(text=tokenizer.decode(kept, keep_special=True))
+        def detokenize() -> Steps[pb.DetokenizeResponse]:
+            text = bytearray()
+            for start in range(0, len(request.token_ids), IDS_PER_STEP):
+                ids = request.token_ids[start : start + IDS_PER_STEP]
+                prompt.check_ids("token_ids", ids, vocab_size, start)
+                text += tokenizer.bytes_of(ids, request.keep_special_tokens)
+                response_size.check_size("token_ids", len(text), limit)  # U+FFFD makes it longer
+                yield
+            response = pb.DetokenizeResponse(text=text.decode(errors="replace"))
             response_size.check_size("token_ids", response, limit)
             return response
 
-        return await asyncio.to_thread(detokenize)
+        return await self._serving.text_workers.run(detokenize(), call.request_bytes)
 
     async def CountTokens(self, request: pb.CountTokensRequest, call: Call) -> pb.CountTokensResponse:  # noqa: N802
         """Count the tokens of a prompt."""
         self._serving.require_model(request.model)
         model, tokenizer = self._serving.ready.model, self._serving.tokenizer
-        token_ids = await asyncio.to_thread(validation.encode_prompt, request, tokenizer, model.vocab_size)
-        return pb.CountTokensResponse(prompt_tokens=len(token_ids), context_length=model.context_length)
+
+        def count() -> Steps[int]:
+            tokens = 0
+            for piece in prompt.prompt_pieces(request, tokenizer, model.vocab_size, prompt.any_tokens):
+                tokens += len(piece)
+                yield
+            return tokens
+
+        tokens = await self._serving.text_workers.run(count(), call.request_bytes)
+        return pb.CountTokensResponse(prompt_tokens=tokens, context_length=model.context_length)

@@ -1,10 +1,14 @@
 """The one way that every call goes through, whatever its service: bytes in, bytes or a status out.
 
 gRPC hands over raw bytes and gets raw bytes back, so that nothing fails outside of the wrapper here:
-it checks the credential, parses, counts, and turns what an RPC raises into a status. An unexpected
-exception is logged and becomes INTERNAL with a fixed text. What gRPC ends before it has a request, for
-one a message beyond the limit, comes to no handler and is not counted. Knows no RPC in particular:
-which ones there are, it reads from the service's descriptor.
+it checks the credential, reads, parses, counts, and turns what an RPC raises into a status. An unexpected
+exception is logged and becomes INTERNAL with a fixed text. Knows no RPC in particular: which ones there are,
+it reads from the service's descriptor.
+
+For gRPC every client streams its requests, since it reads the message of one that does not before it calls a
+handler: without a credential, and as many as the client likes. On the wire both are the same. A message that
+gRPC itself refuses, for one because it is beyond the limit, looks to the handler like the end of the client's
+messages, and then the call is cancelled; so it is counted.
 """
 
 import asyncio
@@ -25,6 +29,7 @@ from fusewire.service.engine_client import EngineUnavailable
 from fusewire.service.metrics import MethodMetrics, RpcMetrics
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError, unavailable
+from fusewire.service.rpc.request_buffer import READ_SECONDS, RequestBuffer, Room
 from fusewire.service.rpc.sending import Sender, StallWatch
 from fusewire.service.tracing import CallSpan, Tracer
 
@@ -33,6 +38,8 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 COUNT_SECONDS = 0.1
 """How long messages of a stream may wait to be counted."""
+END_SECONDS = 0.05
+"""How long gRPC may take to cancel the handler of a call that it has ended itself."""
 OPEN_METHODS = frozenset({"grpc.health.v1.Health.Check"})
 """What needs no credential: load balancers and orchestrators have none."""
 
@@ -65,6 +72,7 @@ def generic_handler(
     service: ServiceDescriptor,
     implementation: object,
     gate: Gate,
+    buffer: RequestBuffer,
     metrics: RpcMetrics,
     stalls: StallWatch,
     max_response_bytes: int,
@@ -79,6 +87,7 @@ def generic_handler(
             iterator of them, if the client streams) and the `Call` and returns the response (an
             async iterator of them, if the server streams), or raises `StatusError`.
         gate: whom to let in.
+        buffer: holds the requests.
         metrics: where to count.
         stalls: looks after the calls whose clients do not read.
         max_response_bytes: a larger message is not sent; its call ends as RESOURCE_EXHAUSTED.
@@ -91,6 +100,7 @@ def generic_handler(
             method,
             getattr(implementation, method.name),
             gate,
+            buffer,
             metrics,
             stalls,
             max_response_bytes,
@@ -133,6 +143,7 @@ class _Endpoint:
         method: MethodDescriptor,
         answer: Callable[[Any, Call], Any],
         gate: Gate,
+        buffer: RequestBuffer,
         metrics: RpcMetrics,
         stalls: StallWatch,
         max_response_bytes: int,
@@ -143,6 +154,7 @@ class _Endpoint:
         self._service = service
         self._tracer = tracer
         self._answer = answer
+        self._buffer = buffer
         self._stalls = stalls
         self._max_response_bytes = max_response_bytes
         self._gate = None if method.full_name in OPEN_METHODS else gate
@@ -158,30 +170,45 @@ class _Endpoint:
         if self._method.client_streaming:
             return grpc.stream_stream_rpc_method_handler(self._stream_stream)
         if self._method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._unary_stream)
-        return grpc.unary_unary_rpc_method_handler(self._unary_unary)
+            return grpc.stream_stream_rpc_method_handler(self._unary_stream)
+        return grpc.stream_unary_rpc_method_handler(self._unary_unary)
 
-    async def _unary_unary(self, body: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _unary_unary(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         async def answer(call: Call) -> bytes:
-            response = self._serialize(await self._answer(self._parse(body), call))
+            response = self._serialize(await self._answer(await self._receive(call), call))
             self._stalls.require_room(len(response))
             self._metrics.sent.inc()
             return response
 
         return await self._run(answer, context)
 
-    async def _unary_stream(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
+    async def _unary_stream(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         async def answer(call: Call) -> None:
-            await self._write_all(self._answer(self._parse(body), call), call)
+            await self._write_all(self._answer(await self._receive(call), call), call)
 
         await self._run(answer, context)
 
     async def _stream_stream(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         async def answer(call: Call) -> None:
-            requests = (self._parse(body) async for body in bodies)
-            await self._write_all(self._answer(requests, call), call)
+            await self._write_all(self._answer(self._receive_all(call), call), call)
 
         await self._run(answer, context)
+
+    async def _receive(self, call: Call) -> Message:
+        """Read the request of a call that has one; further messages of the client are not read."""
+        assert call.room is not None
+        body = await call.room.read(READ_SECONDS)
+        if body is None:
+            await asyncio.sleep(END_SECONDS)
+            raise StatusError(grpc.StatusCode.UNIMPLEMENTED, "the call has no request message")
+        return self._parse(body)
+
+    async def _receive_all(self, call: Call) -> AsyncIterator[Message]:
+        assert call.room is not None
+        while (body := await call.room.read(None)) is not None:
+            request = self._parse(body)
+            call.room.release()  # it is answered at once, and its client may be slow to read the answer
+            yield request
 
     async def _write_all(self, responses: AsyncIterator[Message], call: Call) -> None:
         assert call.sender is not None
@@ -233,7 +260,8 @@ class _Endpoint:
         sender = self._stalls.open(context)
         code = grpc.StatusCode.OK
         try:
-            response = await answer(self._open(context, sender, arrival, span))
+            with Room(self._buffer, context) as room:
+                response = await answer(self._open(context, sender, arrival, room, span))
             sender.note_end(len(response) if isinstance(response, bytes) else 0)
             return response
         except (asyncio.CancelledError, grpc.aio.InternalError):  # the latter: nothing can be sent any more
@@ -242,7 +270,7 @@ class _Endpoint:
             raise asyncio.CancelledError from None
         except Exception as error:  # noqa: BLE001 - logged below; a client never sees an exception's text
             failure = self._status_of(error)
-            failure.__traceback__ = failure.__context__ = None  # it may be long until the client reads it
+            _forget_request(error)
             code = failure.code
             await _abort(sender, failure)
         finally:
@@ -257,7 +285,12 @@ class _Endpoint:
         return self._tracer.begin_call(self._service, self._method.name, metadata, arrival)
 
     def _open(
-        self, context: grpc.aio.ServicerContext, sender: Sender, arrival: float, span: CallSpan | None
+        self,
+        context: grpc.aio.ServicerContext,
+        sender: Sender,
+        arrival: float,
+        room: Room,
+        span: CallSpan | None,
     ) -> Call:
         remaining = context.time_remaining()
         return Call(
@@ -265,6 +298,7 @@ class _Endpoint:
             deadline=None if remaining is None else arrival + remaining,
             caller=self._gate.identify(context) if self._gate is not None else "",
             sender=sender,
+            room=room,
             span=span,
         )
 
@@ -280,6 +314,11 @@ class _Endpoint:
                 return StatusError(grpc.StatusCode.PERMISSION_DENIED, str(error))
         log.error("%s failed", self._method.full_name, exc_info=error)
         return StatusError(grpc.StatusCode.INTERNAL, "internal error")
+
+
+def _forget_request(error: BaseException) -> None:
+    """Drop an error's traceback, whose frames refer to the request: gRPC keeps the error beyond the call."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 async def _abort(sender: grpc.aio.ServicerContext | Sender, failure: StatusError) -> NoReturn:

@@ -45,7 +45,10 @@ class Health:
 
     async def Watch(self, request: HealthCheckRequest, call: Call) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
         """Tell the status now and whenever it changes; very short changes may be left out."""
-        if request.service not in self._services:
+        is_known = request.service in self._services
+        del request
+        call.release_request()
+        if not is_known:
             yield HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
             await asyncio.Event().wait()
         while True:

@@ -81,9 +81,14 @@ def check_foreseen(request: pb.GenerateRequest, add: AddRequest, echo: str, max_
         )
 
 
-def answer_too_large(request: pb.GenerateRequest, max_response_bytes: int) -> StatusError:
-    """Ends a whole answer that has grown too large: RESOURCE_EXHAUSTED, naming what made it so."""
-    field = "response.logprobs" if request.response.logprobs else "stopping.max_tokens"
+def answer_too_large(logprobs: int, max_response_bytes: int) -> StatusError:
+    """Ends a whole answer that has grown too large: RESOURCE_EXHAUSTED, naming what made it so.
+
+    Args:
+        logprobs: as the request asked for them; 0 for none.
+        max_response_bytes: the server's limit.
+    """
+    field = "response.logprobs" if logprobs else "stopping.max_tokens"
     return too_large(
         field,
         f"the answer has grown beyond the server's --max-response-bytes {max_response_bytes}; {REMEDY}",
@@ -91,12 +96,18 @@ def answer_too_large(request: pb.GenerateRequest, max_response_bytes: int) -> St
 
 
 def check_size(field: str, response: Message | int, max_response_bytes: int) -> None:
-    """Raise INVALID_ARGUMENT if what `field` holds makes a response, or one of so many bytes, too large."""
-    size = response if isinstance(response, int) else response.ByteSize()
+    """Raise INVALID_ARGUMENT if what `field` holds makes a response too large.
+
+    Args:
+        field: in its proto spelling.
+        response: the response, or how many bytes it has at least.
+        max_response_bytes: the server's limit.
+    """
+    size, least = (response, "at least ") if isinstance(response, int) else (response.ByteSize(), "")
     if size > max_response_bytes:
         raise invalid_argument(
             field,
-            f"makes a response of {size} bytes, more than the server's --max-response-bytes "
+            f"makes a response of {least}{size} bytes, more than the server's --max-response-bytes "
             f"{max_response_bytes}; send it in parts, or raise that limit and the client's own",
         )
 

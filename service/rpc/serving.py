@@ -24,6 +24,7 @@ from fusewire.service.metrics import Metrics, RequestMetrics
 from fusewire.service.rpc.errors import StatusError, invalid_argument, quote, resource_exhausted, unavailable
 from fusewire.service.rpc.health import Health
 from fusewire.service.rpc.sending import StallWatch
+from fusewire.service.rpc.text_workers import TextWorkers, threads_for
 from fusewire.service.supervisor import fail_at_end
 from fusewire.service.tokenizer import Tokenizer, TokenizerError
 from fusewire.service.tracing import Tracer
@@ -98,6 +99,7 @@ class Serving:
         self.tracer = tracer
         self.log_level: LogLevel = config.log_level
         self.load = Load()
+        self.text_workers = TextWorkers(threads_for(config.frontends))
         self.draining = False
         self.started = time.monotonic()
         self._on_engine = on_engine

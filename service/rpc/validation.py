@@ -1,13 +1,12 @@
 """What a request may hold, checked field by field, and what its unset fields mean.
 
-Turns a `GenerateRequest` into an `AddRequest`; the limits are those that the proto's comments state.
-Knows neither the engine's state nor who asks: admission is `fusewire.service.rpc.serving`.
+Turns a `GenerateRequest` into an `AddRequest`; the limits are those that the proto's comments state. Prompts
+are `fusewire.service.rpc.prompt`. Knows neither the engine's state nor who asks: admission is
+`fusewire.service.rpc.serving`.
 """
 
-import asyncio
 import math
 import secrets
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -15,10 +14,9 @@ import msgspec
 from fusewire.kernels.modes import KernelMode
 from fusewire.model.sampling_params import LIMITS, SamplingParams
 from fusewire.service.messages import AddRequest, EngineReady, ModelInfo
-from fusewire.service.rpc import chat_prompt
 from fusewire.service.rpc.call import Call
-from fusewire.service.rpc.errors import failed_precondition, inside, invalid_argument, quote
-from fusewire.service.tokenizer import Tokenizer
+from fusewire.service.rpc.errors import failed_precondition, inside, invalid_argument
+from fusewire.service.rpc.prompt import check_compared, check_context, check_ids
 from fusewire.service.wire import MODES
 from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import kernel_pb2
@@ -31,91 +29,15 @@ MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 
-MAX_COMPARED_PROMPT_TOKENS = 8192
 MAX_COMPARED_TOKENS = 512
 """Of an answer in a comparison: as many positions as a report holds."""
 DEFAULT_COMPARED_TOKENS = 128
 MAX_REPETITIONS = 100
 DEFAULT_REPETITIONS = 5
 
-AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensRequest
-
-
-# ---- the prompt ----
-
-
-def encode_prompt(request: AnyPromptRequest, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Check a prompt and tokenize it, or take its ids as they are. Slow for long text.
-
-    Raises:
-        StatusError: INVALID_ARGUMENT, also for a text that has a token which is not below the model's
-            vocabulary size; FAILED_PRECONDITION for a chat without a template.
-    """
-    _check_prompt(request)
-    match request.WhichOneof("prompt"):
-        case "chat":
-            token_ids = chat_prompt.encode(request.chat, tokenizer)
-            _check_tokens("chat", token_ids, tokenizer, vocab_size)
-        case "text":
-            token_ids = tokenizer.encode(request.text)
-            _check_tokens("text", token_ids, tokenizer, vocab_size)
-        case _:
-            assert isinstance(request, pb.GenerateRequest)
-            token_ids = list(request.token_ids.ids)
-            check_ids("token_ids.ids", token_ids, vocab_size)
-    return token_ids
-
-
-async def encode_prompt_aside(
-    request: pb.GenerateRequest, tokenizer: Tokenizer, vocab_size: int
-) -> list[int]:
-    """Do what `encode_prompt` does, off the event loop; what is tokens already need not leave it."""
-    if request.HasField("token_ids"):
-        return encode_prompt(request, tokenizer, vocab_size)
-    return await asyncio.to_thread(encode_prompt, request, tokenizer, vocab_size)
-
-
-def prompt_text(request: pb.GenerateRequest, tokenizer: Tokenizer) -> str:
-    """The text of a prompt as the model reads it, special tokens spelled out."""
-    match request.WhichOneof("prompt"):
-        case "chat":
-            return chat_prompt.render(request.chat, tokenizer)
-        case "text":
-            return request.text
-    return tokenizer.decode(request.token_ids.ids, keep_special=True)
-
-
-def _check_prompt(request: AnyPromptRequest) -> None:
-    """Raise unless a prompt is set."""
-    if request.WhichOneof("prompt") is None:
-        kinds = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
-        raise invalid_argument("prompt", f"one of {', '.join(kinds)} must be set")
-
-
-def _check_tokens(field: str, token_ids: list[int], tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise INVALID_ARGUMENT for a token of a text that the tokenizer has and the model has not."""
-    if (largest := max(token_ids, default=-1)) >= vocab_size:
-        token = quote(tokenizer.token_bytes(largest).decode(errors="replace"))
-        raise invalid_argument(
-            field,
-            f"holds the token {token}, whose id {largest} is not below the vocabulary size {vocab_size}",
-        )
-
-
-def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
-    """Raise INVALID_ARGUMENT unless every id, an element of `field`, is below the vocabulary's size."""
-    for index, token_id in enumerate(ids):
-        if token_id >= vocab_size:
-            raise invalid_argument(
-                f"{field}[{index}]", f"must be below the vocabulary size {vocab_size}, got {token_id}"
-            )
-
-
-# ---- the request around it ----
-
 
 def check_request(request: pb.GenerateRequest, ready: EngineReady) -> None:
-    """Check everything but the prompt itself, which `encode_prompt` does.
+    """Check everything but the prompt itself, which `prompt.encode` does.
 
     Raises:
         StatusError: INVALID_ARGUMENT, or FAILED_PRECONDITION for a kernel mode that is not served.
@@ -213,15 +135,8 @@ def _check_compared(side: pb.GenerateRequest, ready: EngineReady) -> None:
             "stopping.max_tokens",
             f"must be at most {MAX_COMPARED_TOKENS} in a comparison, got {side.stopping.max_tokens}",
         )
-    _check_compared_prompt(side, len(side.token_ids.ids))
-
-
-def _check_compared_prompt(side: pb.GenerateRequest, tokens: int) -> None:
-    if tokens > MAX_COMPARED_PROMPT_TOKENS:
-        raise invalid_argument(
-            side.WhichOneof("prompt") or "prompt",
-            f"must hold at most {MAX_COMPARED_PROMPT_TOKENS} tokens in a comparison, got {tokens}",
-        )
+    if side.HasField("token_ids"):
+        check_compared(ready.model.context_length, "token_ids", len(side.token_ids.ids))
 
 
 # ---- what it asks of the engine ----
@@ -271,9 +186,8 @@ def compared_request(
     """Do what `add_request` does for a side of a comparison, which is greedy and has no prefix cache.
 
     Raises:
-        StatusError: INVALID_ARGUMENT if the prompt is too long or the answer does not fit behind it.
+        StatusError: INVALID_ARGUMENT if prompt and answer do not fit the context.
     """
-    _check_compared_prompt(side, len(prompt_ids))
     request = add_request(side, prompt_ids, ready, request_id, call, DEFAULT_COMPARED_TOKENS)
     return msgspec.structs.replace(request, sampling=SamplingParams(), cache_disabled=True)
 
@@ -301,10 +215,7 @@ def _room(request: pb.GenerateRequest, prompt_tokens: int, ready: EngineReady) -
     if prompt_tokens == 0:
         raise invalid_argument(prompt, "must hold at least one token")
     context = ready.model.context_length
-    if prompt_tokens >= context:
-        raise invalid_argument(
-            prompt, f"holds {prompt_tokens} tokens, which leaves no room in the context of {context}"
-        )
+    check_context(context, prompt, prompt_tokens)
     return context - prompt_tokens
 
 

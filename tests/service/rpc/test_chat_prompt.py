@@ -71,7 +71,7 @@ def render(template: str, chat: pb.ChatPrompt) -> str:
 
 def refusal(chat: pb.ChatPrompt) -> StatusError:
     with pytest.raises(StatusError) as refused:
-        chat_prompt.encode(chat, tokenizer_with(TEMPLATE))
+        chat_prompt.render(chat, tokenizer_with(TEMPLATE))
     return refused.value
 
 
@@ -188,6 +188,9 @@ def nested(levels: int) -> dict[str, Any]:
 
 BIG = "x" * 600_000
 REFUSED = [
+    ("chat.messages", prompt([{"role": "user", "content": ""}] * 16385)),
+    ("chat.tools", prompt(tools=[{}] * 16385)),
+    ("chat.messages[1].tool_calls", prompt([MESSAGES[1] | {"tool_calls": [{}] * 8193}] * 2)),
     ("chat.messages[0].role", prompt([{"role": "function", "content": ""}])),
     ("chat.template_arguments", prompt(template_arguments={"messages": []})),
     ("chat.template_arguments", prompt(template_arguments={"tools": None})),

@@ -13,9 +13,10 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusewire.service.rpc import validation
+from fusewire.service.rpc import prompt, validation
 from fusewire.service.rpc.call import Call
 from fusewire.service.rpc.errors import StatusError
+from fusewire.service.rpc.text_workers import finish
 from fusewire.v1 import generation_pb2 as pb
 from tests.tools.demo_tokenizer import demo_source
 from tests.tools.front_end_rig import CONTEXT, VOCAB, Rig, demo_tokenizer, describe, rig
@@ -187,20 +188,20 @@ def test_a_token_that_the_model_has_not_is_refused_on_every_way_in(tmp_path: Pat
     async def body(server: Rig) -> None:
         server.serving.set_tokenizer(tokenizer, demo_source())
         rpc = server.generation
-        for prompt in (text, turns):
-            field = "text" if prompt is text else "chat"
+        for sent in (text, turns):
+            field = "text" if sent is text else "chat"
             calls = [
-                (field, rpc.Generate(pb.GenerateRequest(**prompt))),
-                (field, anext(aiter(rpc.StreamGenerate(pb.GenerateRequest(**prompt))))),
-                (field, rpc.Tokenize(pb.TokenizeRequest(**prompt))),
-                (field, rpc.CountTokens(pb.CountTokensRequest(**prompt))),
+                (field, rpc.Generate(pb.GenerateRequest(**sent))),
+                (field, anext(aiter(rpc.StreamGenerate(pb.GenerateRequest(**sent))))),
+                (field, rpc.Tokenize(pb.TokenizeRequest(**sent))),
+                (field, rpc.CountTokens(pb.CountTokensRequest(**sent))),
                 (
                     f"left.{field}",
-                    anext(aiter(rpc.Compare(pb.CompareRequest(left=side(prompt), right=side(ids(1)))))),
+                    anext(aiter(rpc.Compare(pb.CompareRequest(left=side(sent), right=side(ids(1)))))),
                 ),
                 (
                     f"right.{field}",
-                    anext(aiter(rpc.Compare(pb.CompareRequest(left=side(ids(1)), right=side(prompt))))),
+                    anext(aiter(rpc.Compare(pb.CompareRequest(left=side(ids(1)), right=side(sent))))),
                 ),
             ]
             for named, call in calls:
@@ -284,14 +285,14 @@ def test_any_request_is_either_refused_by_name_or_within_every_limit(request: pb
     call = Call(arrival=time.monotonic(), deadline=None, caller="", sender=None)
     try:
         validation.check_request(request, ready)
-        prompt = validation.encode_prompt(request, demo_tokenizer(), VOCAB)
-        add = validation.add_request(request, prompt, ready, "id", call, default_max_tokens=16)
+        prompt_ids = finish(prompt.encode(request, demo_tokenizer(), VOCAB, prompt.any_tokens))
+        add = validation.add_request(request, prompt_ids, ready, "id", call, default_max_tokens=16)
     except StatusError as error:
         assert_names_a_field(request, error)
         return
     params = add.sampling
     assert (add.cache_salt, add.cache_disabled) == (request.cache.salt, request.cache.disabled)
-    assert 1 <= add.max_tokens <= ready.model.context_length - len(prompt)
+    assert 1 <= add.max_tokens <= ready.model.context_length - len(prompt_ids)
     assert 0 <= add.min_tokens <= add.max_tokens
     assert 0 <= params.temperature <= 100
     assert 0 <= params.top_k <= VOCAB

@@ -1,0 +1,95 @@
+"""Requests of as much text as a message holds, six at once, of every RPC that works on text."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from fusewire.v1 import generation_pb2 as pb
+from fusewire.v1.kernel_pb2 import KERNEL_MODE_UNFUSED
+from tests.faults.trial import Trial
+from tests.tools.server_process import ServerProcess
+
+pytestmark = pytest.mark.faults
+
+AT_ONCE = 6
+TEXT = "1" * 4_100_000
+"""Every character is a token, and a word of its own for the tokenizer."""
+WORD = "a" * 4_100_000
+"""One word, which the tokenizer splits nowhere."""
+ATTACK_SECONDS = 3.0
+"""How long the next six follow, where all are refused at once."""
+PAUSE_SECONDS = 0.5
+"""Between six and the next six: this is about memory and locks, not about who has the processor."""
+PATIENCE = 30.0
+"""Seconds that a client waits; a slow machine does not count all the texts in that time."""
+TURNS = [pb.ChatMessage(role="user", content="")] * 500_000
+Ask = Callable[[ServerProcess, grpc.Channel], object]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("server") / "log") as running:
+        # what libraries keep from their first long text on is not what an attack leaves
+        assert running.generation.CountTokens(pb.CountTokensRequest(text="Once upon a time. " * 50_000))
+        yield running
+
+
+def unary(name: str, request: pb.GenerateRequest) -> tuple[str, bytes, bool]:
+    return name, request.SerializeToString(), False
+
+
+def side(text: str) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text=text, kernel_mode=KERNEL_MODE_UNFUSED)
+
+
+BOMBS = {
+    "Generate": unary("Generate", pb.GenerateRequest(text=TEXT)),
+    "Generate, one word": unary("Generate", pb.GenerateRequest(text=WORD)),
+    "Generate, many turns": unary("Generate", pb.GenerateRequest(chat=pb.ChatPrompt(messages=TURNS))),
+    "Tokenize": unary("Tokenize", pb.TokenizeRequest(text=TEXT)),
+    "CountTokens": unary("CountTokens", pb.CountTokensRequest(text=TEXT)),
+    "CountTokens, one word": unary("CountTokens", pb.CountTokensRequest(text=WORD)),
+    "Detokenize": unary("Detokenize", pb.DetokenizeRequest(token_ids=[7] * 4_100_000)),
+    "Compare": (
+        "Compare",
+        pb.CompareRequest(left=side(TEXT[::2]), right=side("a")).SerializeToString(),
+        True,
+    ),
+}
+
+
+EXPECTED = {
+    "CountTokens": {"OK", "DEADLINE_EXCEEDED"},
+    "CountTokens, one word": {"OK", "DEADLINE_EXCEEDED"},
+    "Detokenize": {"OK"},
+}
+
+
+def throw(port: int, name: str, body: bytes, is_stream: bool) -> str:
+    """Make one call over a connection of its own; returns its status."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+        path = f"/fusewire.v1.GenerationService/{name}"
+        try:
+            if is_stream:
+                list(channel.unary_stream(path)(body, timeout=PATIENCE))
+            else:
+                channel.unary_unary(path)(body, timeout=PATIENCE)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "OK"
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_text_bombs_hurt_nobody(server: ServerProcess, kind: str) -> None:
+    trial = Trial(server)
+    with trial.attack(), ThreadPoolExecutor(AT_ONCE) as pool:
+        end, statuses = time.monotonic() + ATTACK_SECONDS, set()
+        while time.monotonic() < end:
+            statuses |= set(pool.map(lambda _: throw(server.port, *BOMBS[kind]), range(AT_ONCE)))
+            time.sleep(PAUSE_SECONDS)
+    assert statuses <= EXPECTED.get(kind, {"INVALID_ARGUMENT"})
+    print(f"{kind}: {trial.grown_bytes / 1e6:.0f} MB, {trial.left_over:.2f}, {trial.quiet}, {trial.during}")
