@@ -9,10 +9,12 @@ import ctypes
 from pathlib import Path
 
 GROWTH = 1.1
-"""How many times the least that was ever left the memory must be, to be worth another time.
-
-Not what was left the last time: that may have been in the middle of a flood, whose memory was still in use.
-"""
+"""How many times the least that was ever left the memory must be, to be worth another time."""
+WORTH = 0.95
+"""What is left of the memory, at most, after a time that was of use. One that was not, amid a flood
+whose memory is still in use or on a server that needs more than at first, comes again after twice the
+pause: while it is at work, other threads may wait for memory."""
+LONGEST_PAUSE = 320.0
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """Of glibc; other libraries give back by themselves."""
@@ -25,12 +27,18 @@ async def keep_giving_back(look_seconds: float = 5.0) -> None:
     """
     if _trim is None:
         return
-    left = _resident_pages()
+    least = left = _resident_pages()
+    pause = since = 0.0
     while True:
         await asyncio.sleep(look_seconds)
-        if _resident_pages() > GROWTH * left:
-            await asyncio.to_thread(_trim, 0)
-            left = min(left, _resident_pages())
+        since += look_seconds
+        before = _resident_pages()
+        if before <= GROWTH * least or (since < pause and before <= GROWTH * left):
+            continue
+        await asyncio.to_thread(_trim, 0)
+        left, since = _resident_pages(), 0.0
+        least = min(least, left)
+        pause = look_seconds if left <= WORTH * before else min(max(2 * pause, look_seconds), LONGEST_PAUSE)
 
 
 def _resident_pages() -> int:

@@ -25,6 +25,9 @@ async def main():
     task = asyncio.create_task(keep_giving_back(0.2))
     await asyncio.sleep(0)
     before = resident_bytes(os.getpid())
+    keep = b"x" * 100_000_000
+    await asyncio.sleep(1)  # looks at memory that is in use
+    del keep
     fill_and_free()
     freed = resident_bytes(os.getpid())
     end = time.monotonic() + 20
