@@ -19,7 +19,7 @@ from fusewire.service.memory import keep_giving_back
 from fusewire.service.rpc import reflection
 from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.generation import GenerationService
-from fusewire.service.rpc.handlers import Gate, UnknownMethods, generic_handler
+from fusewire.service.rpc.handlers import Gate, PortState, UnknownMethods, generic_handler
 from fusewire.service.rpc.model import ModelService
 from fusewire.service.rpc.request_buffer import RequestBuffer
 from fusewire.service.rpc.serving import Serving
@@ -155,40 +155,22 @@ class FrontEnd:
         shared: bool = False,
     ) -> int:
         """Serve some services on a port; unless it is shared, a second server on it must fail."""
-        metrics, max_response_bytes = self._serving.metrics.rpc, self._config.max_response_bytes
-        stalls = self._serving.stalls
-        described = reflection.Reflection([*services, HEALTH])
-        buffer = RequestBuffer(self._config.request_buffer_bytes, self._config.max_request_bytes)
-        handlers = [
-            generic_handler(
-                service,
-                implementation,
-                gate,
-                buffer,
-                metrics,
-                stalls,
-                max_response_bytes,
-                tracer=self._serving.tracer if service in services else None,  # no probes
-            )
-            for service, implementation in {
-                **services,
-                HEALTH: self._serving.health,
-                reflection.SERVICE: described,
-            }.items()
-        ]
-        handlers.append(
-            generic_handler(
-                reflection.SERVICE,
-                described,
-                gate,
-                buffer,
-                metrics,
-                stalls,
-                max_response_bytes,
-                reflection.V1,
-            )
+        serving, config = self._serving, self._config
+        state = PortState(
+            gate,
+            RequestBuffer(config.request_buffer_bytes, config.max_request_bytes),
+            serving.stalls,
+            serving.metrics.rpc,
+            config.max_response_bytes,
         )
-        handlers.append(UnknownMethods(metrics))  # the last one is asked last
+        described = reflection.Reflection([*services, HEALTH])
+        handlers = [
+            *(generic_handler(*each, state, tracer=serving.tracer) for each in services.items()),
+            generic_handler(HEALTH, serving.health, state),
+            generic_handler(reflection.SERVICE, described, state),
+            generic_handler(reflection.SERVICE, described, state, reflection.V1),
+            UnknownMethods(serving.metrics.rpc),  # the last one is asked last
+        ]
         age_ms = int(self._limits.age_seconds * 1000)
         channel_options = (
             *CHANNEL_OPTIONS,
@@ -198,7 +180,7 @@ class FrontEnd:
             ("grpc.max_connection_idle_ms", int(self._limits.idle_seconds * 1000)),
             ("grpc.server_handshake_timeout_ms", int(self._limits.handshake_seconds * 1000)),
             ("grpc.so_reuseport", int(shared)),
-            ("grpc.max_receive_message_length", self._config.max_request_bytes),
+            ("grpc.max_receive_message_length", config.max_request_bytes),
         )
         server = grpc.aio.server(handlers=handlers, options=channel_options)
         bound = self._bind(server, host, port, options)

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, NoReturn, TypeVar
 
@@ -68,14 +69,29 @@ class Gate:
         return sha256(b"".join(certificate)).hexdigest() if certificate else ""
 
 
+@dataclass(frozen=True, slots=True)
+class PortState:
+    """What all calls of one port share.
+
+    Attributes:
+        gate: whom to let in.
+        buffer: holds the requests.
+        stalls: looks after the calls whose clients do not read.
+        metrics: where to count.
+        max_response_bytes: a larger message is not sent; its call ends as RESOURCE_EXHAUSTED.
+    """
+
+    gate: Gate
+    buffer: RequestBuffer
+    stalls: StallWatch
+    metrics: RpcMetrics
+    max_response_bytes: int
+
+
 def generic_handler(
     service: ServiceDescriptor,
     implementation: object,
-    gate: Gate,
-    buffer: RequestBuffer,
-    metrics: RpcMetrics,
-    stalls: StallWatch,
-    max_response_bytes: int,
+    port: PortState,
     name: str = "",
     tracer: Tracer | None = None,
 ) -> grpc.GenericRpcHandler:
@@ -86,27 +102,13 @@ def generic_handler(
         implementation: has for each RPC a method of its name, which takes the request (an async
             iterator of them, if the client streams) and the `Call` and returns the response (an
             async iterator of them, if the server streams), or raises `StatusError`.
-        gate: whom to let in.
-        buffer: holds the requests.
-        metrics: where to count.
-        stalls: looks after the calls whose clients do not read.
-        max_response_bytes: a larger message is not sent; its call ends as RESOURCE_EXHAUSTED.
+        port: where it is served.
         name: to serve it under another name than the descriptor's.
         tracer: makes a span of every call; None for no tracing.
     """
     name = name or service.full_name
     handlers = {
-        method.name: _Endpoint(
-            method,
-            getattr(implementation, method.name),
-            gate,
-            buffer,
-            metrics,
-            stalls,
-            max_response_bytes,
-            name,
-            tracer,
-        ).handler()
+        method.name: _Endpoint(method, getattr(implementation, method.name), port, name, tracer).handler()
         for method in service.methods
     }
     return grpc.method_handlers_generic_handler(name, handlers)
@@ -142,11 +144,7 @@ class _Endpoint:
         self,
         method: MethodDescriptor,
         answer: Callable[[Any, Call], Any],
-        gate: Gate,
-        buffer: RequestBuffer,
-        metrics: RpcMetrics,
-        stalls: StallWatch,
-        max_response_bytes: int,
+        port: PortState,
         service: str,
         tracer: Tracer | None,
     ) -> None:
@@ -154,14 +152,12 @@ class _Endpoint:
         self._service = service
         self._tracer = tracer
         self._answer = answer
-        self._buffer = buffer
-        self._stalls = stalls
-        self._max_response_bytes = max_response_bytes
-        self._gate = None if method.full_name in OPEN_METHODS else gate
+        self._port = port
+        self._gate = None if method.full_name in OPEN_METHODS else port.gate
         self._request_class = message_factory.GetMessageClass(method.input_type)
         kinds = {(False, False): "unary", (False, True): "server_stream", (True, True): "bidi_stream"}
         kind = kinds[method.client_streaming, method.server_streaming]
-        self._metrics: MethodMetrics = metrics.method(kind, service, method.name)
+        self._metrics: MethodMetrics = port.metrics.method(kind, service, method.name)
         self._sent = 0
         """Messages of streams that are not counted yet."""
 
@@ -176,7 +172,7 @@ class _Endpoint:
     async def _unary_unary(self, bodies: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         async def answer(call: Call) -> bytes:
             response = self._serialize(await self._answer(await self._receive(call), call))
-            self._stalls.require_room(len(response))
+            self._port.stalls.require_room(len(response))
             self._metrics.sent.inc()
             return response
 
@@ -219,12 +215,11 @@ class _Endpoint:
 
     def _serialize(self, response: Message) -> bytes:
         """Refuse what the client would not take: it would tell nobody why."""
-        body = response.SerializeToString()
-        if len(body) > self._max_response_bytes:
+        body, limit = response.SerializeToString(), self._port.max_response_bytes
+        if len(body) > limit:
             raise StatusError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the response has {len(body)} bytes, more than the server's --max-response-bytes "
-                f"{self._max_response_bytes}",
+                f"the response has {len(body)} bytes, more than the server's --max-response-bytes {limit}",
             )
         return body
 
@@ -257,10 +252,10 @@ class _Endpoint:
         arrival = time.monotonic()
         span = self._begin_span(context, arrival) if self._tracer is not None else None
         self._metrics.started.inc()
-        sender = self._stalls.open(context)
+        sender = self._port.stalls.open(context)
         code = grpc.StatusCode.OK
         try:
-            with Room(self._buffer, context) as room:
+            with Room(self._port.buffer, context) as room:
                 response = await answer(self._open(context, sender, arrival, room, span))
             sender.note_end(len(response) if isinstance(response, bytes) else 0)
             return response
