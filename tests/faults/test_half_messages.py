@@ -28,8 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.mark.parametrize("path", [STREAM_GENERATE, HEALTH_CHECK])
 def test_half_messages_keep_nobody_waiting_and_no_memory(server: ServerProcess, path: str) -> None:
-    trial = Trial(server)
-    with trial.attack(), RawClients(server.port) as clients:
+    with Trial(server).attack(), RawClients(server.port) as clients:
         for _ in range(CONNECTIONS):
             connection = clients.connect()
             for _ in range(STREAMS):
@@ -37,7 +36,6 @@ def test_half_messages_keep_nobody_waiting_and_no_memory(server: ServerProcess, 
         time.sleep(ATTACK_SECONDS)
         refused = [status for connection in clients.connections for status in connection.statuses.values()]
     assert set(refused) == {"8"}  # RESOURCE_EXHAUSTED
-    print(f"{path}: {trial.grown_bytes / 1e6:.0f} MB, {trial.left_over:.2f}, {trial.quiet}, {trial.during}")
 
 
 def test_half_messages_without_a_credential_are_refused_before_they_are_read(tmp_path: Path) -> None:

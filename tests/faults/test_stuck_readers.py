@@ -1,5 +1,6 @@
 """Clients that ask for answers and never read them: HTTP/2 windows of no size, pings answered."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from tests.tools.server_process import PacedServer, ServerProcess
 
 pytestmark = pytest.mark.faults
 
-CONNECTIONS, STREAMS = 4, 64
+CONNECTIONS, STREAMS = 4 * int(os.environ.get("FAULT_SCALE", "1")), 64
+"""FAULT_SCALE=7 makes the attack as large as the one in SECURITY.md."""
 STALL_SECONDS = 2
 RESOURCE_EXHAUSTED = "8"
 
@@ -28,7 +30,7 @@ def request(number: int, tokens: int = 60) -> bytes:
     )
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 15 * CONNECTIONS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
