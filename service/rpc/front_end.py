@@ -21,7 +21,7 @@ from fusewire.service.rpc.admin import AdminService
 from fusewire.service.rpc.generation import GenerationService
 from fusewire.service.rpc.handlers import Gate, PortState, UnknownMethods, generic_handler
 from fusewire.service.rpc.model import ModelService
-from fusewire.service.rpc.request_buffer import RequestBuffer
+from fusewire.service.rpc.request_buffer import UNREAD_BYTES, RequestBuffer
 from fusewire.service.rpc.serving import Serving
 from fusewire.service.supervisor import fail_at_end
 from fusewire.v1 import admin_pb2, generation_pb2, model_pb2
@@ -41,9 +41,13 @@ PENDING_CALLS = 16_384
 Beyond its own default, 1000, gRPC cancels calls without a word and uncounted; to refuse some is for the
 handlers, which say why and when to try again.
 """
+MOST_STREAMS = 8192
+"""Calls of one connection at once. A client learns of this bound only after its first calls, and those beyond
+it end as UNAVAILABLE then. So it is above any burst that admission should refuse instead."""
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),  # the handlers refuse what is too long, by a status
-    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.max_concurrent_streams", MOST_STREAMS),
+    ("grpc.http2.lookahead_bytes", UNREAD_BYTES),
     ("grpc.http2.bdp_probe", 0),  # else gRPC takes up to 4 MiB of a message before anybody reads it
     ("grpc.keepalive_time_ms", 60_000),  # notices clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),

@@ -24,8 +24,12 @@ GRACE_SECONDS = 0.15
 """How long it may take in any case, though others wait for its slot."""
 CHECK_SECONDS = 0.025
 """How often slow ones are looked for while others wait."""
+MOST_WAITING = 4096
+"""Calls that may wait for a slot. Of each gRPC holds some of its message meanwhile: `UNREAD_BYTES`."""
+UNREAD_BYTES = 32 << 10
+"""How much of a message gRPC takes in before it is read. A longer one takes one more round trip."""
 SMALL_BYTES = 64 << 10
-"""A message of that size is held in any case: gRPC has as much of each call in its own buffers."""
+"""A message of that size is held in any case: gRPC takes nearly as much before anybody reads it."""
 PARSED_BYTES = 4 << 20
 """Messages of so many bytes together, or one that is larger, are parsed at once; likewise of small ones."""
 
@@ -50,12 +54,17 @@ class RequestBuffer:
         """Since when a call has its slot, on the loop's clock; those that have it longest come first."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Who waits for a slot, by connection; the connection whose turn it is comes first."""
+        self._waiting_calls = 0
         self._checking: asyncio.TimerHandle | None = None
 
     # ---- slots ----
 
     async def take_slot(self, room: "Room") -> None:
-        """Wait for a slot."""
+        """Wait for a slot.
+
+        Raises:
+            StatusError: RESOURCE_EXHAUSTED if as many calls wait as may.
+        """
         if self._free_slots:
             self._free_slots -= 1
         else:
@@ -68,6 +77,9 @@ class RequestBuffer:
         self._pass_on()
 
     async def _wait(self, peer: str) -> None:
+        if self._waiting_calls >= MOST_WAITING:
+            raise resource_exhausted(f"{self._waiting_calls} requests wait to be read already")
+        self._waiting_calls += 1
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(peer, deque()).append(turn)
         self._check_soon()
@@ -84,6 +96,7 @@ class RequestBuffer:
             peer = next(iter(self._waiting))
             turns = self._waiting.pop(peer)
             turn = turns.popleft()
+            self._waiting_calls -= 1
             if turns:
                 self._waiting[peer] = turns  # behind all others
             if not turn.done():
@@ -98,7 +111,7 @@ class RequestBuffer:
     def _end_slow_ones(self) -> None:
         """End those that have had a slot for long, as many as wait for one."""
         self._checking = None
-        wanted = sum(map(len, self._waiting.values()))
+        wanted = self._waiting_calls
         before = asyncio.get_running_loop().time() - GRACE_SECONDS
         for room, since in self._reading.items():
             if since > before or not wanted:
