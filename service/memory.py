@@ -16,8 +16,16 @@ whose memory is still in use or on a server that needs more than at first, comes
 pause: while it is at work, other threads may wait for memory."""
 LONGEST_PAUSE = 320.0
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Of glibc; other libraries give back by themselves."""
+LARGE_BYTES = 1 << 20
+"""A block of this size is the system's again as soon as it is freed, and no thread keeps more for later. By
+itself glibc raises the former to the largest block that was ever freed, up to 32 MB, and the latter to twice
+that, for each thread."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+
+_libc = ctypes.CDLL(None)
+_is_glibc = hasattr(_libc, "malloc_trim")
+"""Other libraries give back by themselves."""
 
 
 async def keep_giving_back(look_seconds: float = 5.0) -> None:
@@ -25,8 +33,10 @@ async def keep_giving_back(look_seconds: float = 5.0) -> None:
 
     Never ends, but where the C library gives back by itself.
     """
-    if _trim is None:
+    if not _is_glibc:
         return
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        _libc.mallopt(parameter, LARGE_BYTES)
     least = left = _resident_pages()
     pause = since = 0.0
     while True:
@@ -35,7 +45,7 @@ async def keep_giving_back(look_seconds: float = 5.0) -> None:
         before = _resident_pages()
         if before <= GROWTH * least or (since < pause and before <= GROWTH * left):
             continue
-        await asyncio.to_thread(_trim, 0)
+        await asyncio.to_thread(_libc.malloc_trim, 0)
         left, since = _resident_pages(), 0.0
         least = min(least, left)
         pause = look_seconds if left <= WORTH * before else min(max(2 * pause, look_seconds), LONGEST_PAUSE)
