@@ -72,10 +72,7 @@ def throw_six(port: int, kind: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server that has had six large requests at once: what allocators keep of those, it keeps already."""
     with ServerProcess(tmp_path_factory.mktemp("server") / "log") as running:
-        assert running.generation.CountTokens(pb.CountTokensRequest(text="Once upon a time. " * 50_000))
-        throw_six(running.port, "Tokenize")
         yield running
 
 
