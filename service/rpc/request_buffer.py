@@ -17,6 +17,7 @@ from typing import Self
 import grpc
 
 from fusewire.service.rpc.errors import StatusError, resource_exhausted
+from fusewire.service.rpc.turns import wait_for_turn
 
 READ_SECONDS = 60.0
 """How long a message may take while there is room for all."""
@@ -83,12 +84,7 @@ class RequestBuffer:
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(peer, deque()).append(turn)
         self._check_soon()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._pass_on()
-            raise
+        await wait_for_turn(turn, self._pass_on)
 
     def _pass_on(self) -> None:
         """Give a slot to the first who still waits on the connection whose turn it is."""

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
 
+from fusewire.service.rpc.turns import wait_for_turn
+
 T = TypeVar("T")
 Steps = Generator[None, None, T]
 """Work in steps: what runs between two `yield` is one, and what is returned is its result."""
@@ -93,12 +95,7 @@ class TextWorkers:
             return
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (is_long, next(self._order), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._pass_on()
-            raise
+        await wait_for_turn(turn, self._pass_on)
 
     def _pass_on(self) -> None:
         """Give a thread to the first who still waits."""
