@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 from fusewire.v1 import generation_pb2_grpc
-from tests.faults.trial import GAUGES
+from tests.faults.trial import GAUGES, record
 from tests.tools.server_process import ServerProcess
 from tests.tools.streams import Answer, greedy, stream
+from tests.tools.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -22,13 +23,6 @@ TOKENS = 1000
 SERVING_SECONDS = 10.0
 NOTICE_SECONDS = 5.0
 """Of the above. The rest is for the start of an engine, and more where a busy machine takes longer."""
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen in {seconds:g} s"
-        time.sleep(0.02)
 
 
 def is_there(pid: int) -> bool:
@@ -70,7 +64,7 @@ def replace(server: ServerProcess, pids: Callable[[], list[int]], number: signal
         lambda: old[0] not in pids() and len(pids()) == len(old) and server.is_serving(),
         max(SERVING_SECONDS, NOTICE_SECONDS + 2.5 * server.start_seconds),
     )
-    print(f"{number.name}: serves again after {time.monotonic() - began:.1f} s")
+    record(seconds_until_serving=round(time.monotonic() - began, 1))
 
 
 def engine_pids(server: ServerProcess) -> Callable[[], list[int]]:

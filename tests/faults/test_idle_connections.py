@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -14,6 +13,7 @@ from tests.faults.trial import Trial
 from tests.tools.http2_frames import RawClients
 from tests.tools.server_process import ServerProcess
 from tests.tools.streams import greedy, stream
+from tests.tools.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -23,13 +23,6 @@ BOUND = 320
 """More connections than so many files can be."""
 ROOM = 16
 """Connections that an attacker leaves to others."""
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def fill(clients: RawClients, number: int) -> int:

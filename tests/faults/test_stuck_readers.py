@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,14 @@ from fusewire.v1 import generation_pb2 as pb
 from tests.faults.trial import Trial
 from tests.tools.http2_frames import STREAM_GENERATE, RawClients, framed
 from tests.tools.server_process import PacedServer, ServerProcess
+from tests.tools.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
 CONNECTIONS, STREAMS = 4 * int(os.environ.get("FAULT_SCALE", "1")), 64
 """FAULT_SCALE=7 makes the attack as large as the one in SECURITY.md."""
 STALL_SECONDS = 2
+SETTLE_SECONDS = 15.0 * CONNECTIONS
 RESOURCE_EXHAUSTED = "8"
 
 
@@ -28,13 +30,6 @@ def request(number: int, tokens: int = 60) -> bytes:
             response={"logprobs": 20, "token_ids": True},
         )
     )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 15 * CONNECTIONS) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 def attack(clients: RawClients, connections: int = CONNECTIONS, streams: int = STREAMS) -> int:
@@ -60,13 +55,13 @@ def test_readers_that_never_read_are_given_up(server: ServerProcess, is_cold: bo
 
     with Trial(server, is_cold=is_cold).attack(), RawClients(server.port) as clients:
         number = attack(clients)
-        wait_for(lambda: stalled() == number)
+        wait_for(lambda: stalled() == number, SETTLE_SECONDS)
         assert server.metric("fusewire_requests_waiting") == 0
         reader = clients.connections[0]
         reader.open_window(1 << 20)
         wait_for(lambda: len(reader.statuses) == STREAMS)
         assert set(reader.statuses.values()) == {RESOURCE_EXHAUSTED}
-        wait_for(lambda: stalled() == number - STREAMS)
+        wait_for(lambda: stalled() == number - STREAMS, SETTLE_SECONDS)
     wait_for(lambda: stalled() == 0)
 
 

@@ -3,24 +3,17 @@
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tools.server_process import PacedServer
+from tests.tools.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
 FRONT_ENDS = ("--frontends", "2")
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def test_a_start_clears_up_after_a_killed_server_and_not_after_a_live_one(

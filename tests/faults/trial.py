@@ -39,6 +39,14 @@ def resident_bytes(pid: int) -> int:
     return 1024 * int(fields["VmRSS"].split()[0])
 
 
+def record(**figures: object) -> None:
+    """Add a test's figures to the file that the environment names, if it names one."""
+    if file := os.environ.get(FIGURES):
+        test = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
+        with Path(file).open("a") as lines:
+            lines.write(json.dumps({"test": test} | figures) + "\n")
+
+
 class Trial:
     """One attack on a server that nobody else uses.
 
@@ -77,7 +85,12 @@ class Trial:
                 self.during = polite.experience()
             self.grown_bytes = self._peak - before
         problems = self._settle(before)
-        self._record()
+        record(
+            grown_mb=round(self.grown_bytes / 1e6),
+            left_over=round(self.left_over, 2),
+            quiet=self.quiet._asdict(),
+            during=self.during._asdict() | {"errors": len(self.during.errors)},
+        )
         self._check_polite_client()
         assert self.grown_bytes <= GROWTH_BYTES, f"grew by {self.grown_bytes / 1e6:.0f} MB"
         assert not problems, problems
@@ -97,19 +110,6 @@ class Trial:
         while (problems := self._problems(before)) and time.monotonic() < end:
             time.sleep(0.25)
         return problems
-
-    def _record(self) -> None:
-        """Add the figures to the file that the environment names, if it names one."""
-        if file := os.environ.get(FIGURES):
-            figures = {
-                "test": os.environ["PYTEST_CURRENT_TEST"].split(" ")[0],
-                "grown_mb": round(self.grown_bytes / 1e6),
-                "left_over": round(self.left_over, 2),
-                "quiet": self.quiet._asdict(),
-                "during": self.during._asdict() | {"errors": len(self.during.errors)},
-            }
-            with Path(file).open("a") as lines:
-                lines.write(json.dumps(figures) + "\n")
 
     def _problems(self, before: int) -> list[str]:
         """What is not as it was before."""
