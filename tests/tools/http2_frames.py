@@ -7,7 +7,6 @@ reason to take a connection for dead.
 import selectors
 import socket
 import struct
-from collections.abc import Iterable
 from contextlib import suppress
 from threading import Lock, Thread
 from typing import Self
@@ -17,7 +16,6 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import (
     ConnectionTerminated,
-    DataReceived,
     Event,
     ResponseReceived,
     StreamEnded,
@@ -56,14 +54,10 @@ class RawConnection:
         self.is_closed = False
         self.statuses: dict[int, str] = {}
         """The `grpc-status` of each stream that was told one."""
-        self.ended: set[int] = set()
-        """The streams that the server has ended."""
-        self.received: dict[int, int] = {}
-        """Bytes of messages that came on each stream."""
         self._http = H2Connection(H2Configuration(client_side=True))
         self._lock = Lock()
-        self._pending: dict[int, memoryview] = {}
-        """What the server's windows have no room for, by stream."""
+        self._pending: dict[int, tuple[memoryview, bool]] = {}
+        """What the server's windows have no room for, by stream, and whether the stream ends with it."""
         if window is not None:
             self._http.local_settings = Settings(
                 client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: window}
@@ -71,9 +65,7 @@ class RawConnection:
         self._http.initiate_connection()
         self._flush()
 
-    def call(
-        self, path: str, body: bytes, *, end: bool = True, metadata: Iterable[tuple[str, str]] = ()
-    ) -> int:
+    def call(self, path: str, body: bytes, *, end: bool = True) -> int:
         """Begin a call and send a body, as far as the server's window allows; returns the stream's id.
 
         The rest follows when the window opens. Without `end` the stream stays open for more.
@@ -85,15 +77,12 @@ class RawConnection:
             (":authority", "127.0.0.1"),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
-            *metadata,
         ]
         with self._lock:
             stream = self._http.get_next_available_stream_id()
             self._http.send_headers(stream, headers)
-            self._pending[stream] = memoryview(body)
-            self._send_pending(stream, end=end)
-            if end and stream in self._pending:
-                raise ValueError("only a body that fits the window can end its stream")
+            self._pending[stream] = memoryview(body), end
+            self._send_pending(stream)
         self._flush()
         return stream
 
@@ -103,11 +92,6 @@ class RawConnection:
             self._http.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: size})
             self._http.increment_flow_control_window(size)
         self._flush()
-
-    @property
-    def unsent(self) -> int:
-        """Bytes of bodies that the server's windows have no room for."""
-        return sum(map(len, list(self._pending.values())))
 
     def close(self) -> None:
         """Close the connection at once, as a client that dies does."""
@@ -127,7 +111,7 @@ class RawConnection:
                 for event in self._http.receive_data(data):
                     self._note(event)
                 for stream in list(self._pending):
-                    self._send_pending(stream, end=False)
+                    self._send_pending(stream)
             self._flush()
         except (OSError, ProtocolError):
             self.is_closed = True
@@ -138,22 +122,19 @@ class RawConnection:
                 for name, value in event.headers or ():
                     if name == b"grpc-status":
                         self.statuses[event.stream_id] = value.decode()
-            case DataReceived():
-                self.received[event.stream_id] = self.received.get(event.stream_id, 0) + len(event.data)
             case StreamEnded() | StreamReset():
-                self.ended.add(event.stream_id)
                 self._pending.pop(event.stream_id, None)
             case ConnectionTerminated():
                 self._pending.clear()
 
-    def _send_pending(self, stream: int, *, end: bool) -> None:
-        body = self._pending.pop(stream)
+    def _send_pending(self, stream: int) -> None:
+        body, end = self._pending.pop(stream)
         while body and (room := min(self._http.local_flow_control_window(stream), len(body))) > 0:
             piece = body[: min(room, self._http.max_outbound_frame_size)]
             body = body[len(piece) :]
             self._http.send_data(stream, bytes(piece), end_stream=end and not body)
         if body:
-            self._pending[stream] = body
+            self._pending[stream] = body, end
 
     def _flush(self) -> None:
         with self._lock, suppress(OSError):
