@@ -9,12 +9,12 @@ import ctypes
 from pathlib import Path
 
 GROWTH = 1.1
-"""How many times the least that was ever left the memory must be, to be worth another time."""
+"""How many times the least that was ever left the memory must be, to be worth a trim."""
 WORTH = 0.95
-"""What is left of the memory, at most, after a time that was of use. One that was not, amid a flood
-whose memory is still in use or on a server that needs more than at first, comes again after twice the
-pause: while it is at work, other threads may wait for memory."""
+"""A trim was of use if at most this share of the memory is left. After one that was not, because the memory
+is still in use, the pause until the next one doubles: during a trim other threads may wait for memory."""
 LONGEST_PAUSE = 320.0
+"""Seconds that the pause grows to."""
 
 LARGE_BYTES = 1 << 20
 """A block of this size is the system's again as soon as it is freed, and no thread keeps more for later. By

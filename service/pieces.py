@@ -1,8 +1,9 @@
 """A long text to tokens in pieces, with exactly the tokens that the whole text has.
 
 Tokenizing takes some 400 bytes of memory for a byte of text, and a client may send megabytes of it. So a long
-text is tokenized piece by piece, and whoever asks may stop in between. A piece ends where the tokenizer
-itself splits whatever follows; where that is, can be told of the tokenizers that `can_cut` knows.
+text is tokenized piece by piece, and the caller may stop in between. A piece ends where the tokenizer would
+split the text whatever follows, or inside a long word between two tokens that BPE would not merge. This is
+known for the tokenizers that `can_cut` accepts; any other one gets its texts whole.
 """
 
 import json

@@ -12,7 +12,7 @@ from fusewire.service.rpc.text_workers import Steps, TextWorkers, finish
 from fusewire.service.tokenizer import Tokenizer
 from fusewire.v1 import generation_pb2 as pb
 
-MAX_COMPARED_TOKENS = 8192
+MAX_COMPARED_PROMPT_TOKENS = 8192
 """Of a prompt in a comparison."""
 
 AnyPromptRequest = pb.GenerateRequest | pb.TokenizeRequest | pb.CountTokensRequest
@@ -115,10 +115,11 @@ def check_context(context: int, field: str, tokens: int) -> None:
 
 def check_compared(context: int, field: str, tokens: int) -> None:
     """Raise INVALID_ARGUMENT for a prompt that is too long for a comparison, or fills the context."""
-    if tokens > MAX_COMPARED_TOKENS:
+    if tokens > MAX_COMPARED_PROMPT_TOKENS:
         raise invalid_argument(
             field,
-            f"must hold at most {MAX_COMPARED_TOKENS} tokens in a comparison, got {_amount(field, tokens)}",
+            f"must hold at most {MAX_COMPARED_PROMPT_TOKENS} tokens in a comparison, "
+            f"got {_amount(field, tokens)}",
         )
     check_context(context, field, tokens)
 

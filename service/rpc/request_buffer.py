@@ -54,7 +54,7 @@ class RequestBuffer:
         self._reading: dict[Room, float] = {}
         """Since when a call has its slot, on the loop's clock; those that have it longest come first."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        """Who waits for a slot, by connection; the connection whose turn it is comes first."""
+        """The calls that wait for a slot, by connection; the connection whose turn it is comes first."""
         self._waiting_calls = 0
         self._checking: asyncio.TimerHandle | None = None
 
@@ -141,7 +141,7 @@ class RequestBuffer:
 
 
 class _Quota:
-    """Lets in what fits, first come first served; what fits never, alone."""
+    """Admits sizes up to a total, first come, first served; one that is larger than the total, alone."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -156,11 +156,9 @@ class _Quota:
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((size, turn))
         try:
-            await turn
+            await wait_for_turn(turn, lambda: self.give(size))
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._taken -= size
-            self._let_in()
+            self._let_in()  # what is behind it may fit
             raise
 
     def give(self, size: int) -> None:

@@ -120,12 +120,12 @@ class Sender:
             raise
 
     def call_when_done(self, callback: Callable[[Self], None]) -> None:
-        """Call back once the call has left gRPC; its own callbacks would keep the call in a circle."""
+        """Call back once the call has left gRPC, whose own callbacks would form a reference cycle with it."""
         assert self._task is not None
         self._task.add_done_callback(lambda _: callback(self))
 
     def forget(self) -> None:
-        """Break the circle of the exception that gRPC ended the call with, and the frames that it passed."""
+        """Drop the traceback of the exception that ended the call: with its frames it is a cycle."""
         if self._abort is not None:
             self._abort.__traceback__ = None
 
@@ -208,11 +208,11 @@ class StallWatch:
     def _blocked(self, limit: float) -> list[Sender]:
         """The calls that have waited to be read since before `limit`, longest first."""
         blocked = [
-            (sender.blocked_since, id(sender), sender)
+            sender
             for sender in self._open
             if sender.blocked_since is not None and sender.blocked_since <= limit and not sender.is_over
         ]
-        return [sender for _, _, sender in sorted(blocked)]
+        return sorted(blocked, key=lambda sender: sender.blocked_since or 0.0)
 
     def _too_much(self, now: float) -> list[Sender]:
         """Those that have to end so that the others' backlogs are not more than may be."""

@@ -74,10 +74,6 @@ class TextWorkers:
             pass
         return result[0]
 
-    def stop(self) -> None:
-        """Start no step any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _run(self, step: Callable[[], bool], is_long: bool) -> bool:
         await self._turn(is_long)
         loop = asyncio.get_running_loop()

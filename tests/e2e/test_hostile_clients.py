@@ -6,7 +6,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,9 @@ from fusewire.v1 import generation_pb2 as pb
 from fusewire.v1 import model_pb2
 from tests.tools.server_process import ServerProcess
 from tests.tools.streams import greedy, stream
+from tests.tools.waiting import wait_for
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-SETTLE_SECONDS = 30
 
 VANISHING_CLIENT = """
 import sys, time, grpc
@@ -64,13 +63,6 @@ def is_balanced(server: ServerProcess) -> bool:
         told["grpc_server_started_total"] == told["grpc_server_handled_total"]
         and load == model_pb2.GetLoadResponse()
     )
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SETTLE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)

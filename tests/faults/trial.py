@@ -52,24 +52,20 @@ class Trial:
 
     Args:
         server: serves already.
-        front_ends: process ids whose memory is watched; unset is the server's own.
         is_cold: whether the server has not had so many calls at once before. Then what memory it keeps is not
             judged: Python's allocator keeps what so many calls need, polite ones too.
     """
 
-    def __init__(
-        self, server: ServerProcess, front_ends: list[int] | None = None, *, is_cold: bool = False
-    ) -> None:
+    def __init__(self, server: ServerProcess, *, is_cold: bool = False) -> None:
         self._server = server
         self._is_cold = is_cold
-        self._front_ends = front_ends or [server.process.pid]
         self._peak = 0
         self.grown_bytes = 0
-        """By how much the watched processes grew at most."""
+        """By how much the server's process grew at most."""
         self.quiet: Experience
         self.during: Experience
         self.left_over = 0.0
-        """Their memory afterwards, in times of what it was before."""
+        """Its memory afterwards, in times of what it was before."""
 
     @contextmanager
     def attack(self) -> Iterator[None]:
@@ -141,7 +137,7 @@ class Trial:
             watcher.join()
 
     def _resident_bytes(self) -> int:
-        return sum(map(resident_bytes, self._front_ends))
+        return resident_bytes(self._server.process.pid)
 
 
 def _allowed(quiet: float) -> float:
